@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sparse MLA attention over the packed fp8_ds_mla cache, for DeepSeek V4 (README.md)."""
+
+import contextlib
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_sm12x.ops.fp8_ds_mla import HEAD_DIM, check_packed_cache
+from vllm_sm12x.ops.sparse_mla.config import LaunchConfig, LaunchPolicy, choose
+from vllm_sm12x.ops.sparse_mla.kernel import sparse_mla_kernel, sparse_mla_merge_kernel
+
+MAX_HEADS = 128
+
+
+def sparse_mla(
+    q: torch.Tensor,
+    swa_cache: torch.Tensor,
+    swa_indices: torch.Tensor,
+    swa_lens: torch.Tensor | None = None,
+    *,
+    extra_cache: torch.Tensor | None = None,
+    extra_indices: torch.Tensor | None = None,
+    extra_lens: torch.Tensor | None = None,
+    extra_block_table: torch.Tensor | None = None,
+    request_ids: torch.Tensor | None = None,
+    sink: torch.Tensor | None = None,
+    softmax_scale: float,
+    out: torch.Tensor | None = None,
+    return_lse: bool = False,
+    policy: LaunchPolicy | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """One softmax over a query's sliding-window and extra candidates, K = V = the 512-dim row.
+
+    For token t and head h, with C the candidates of t and s_c = softmax_scale * q[t,h] . k_c:
+    out[t,h] = sum_c exp(s_c) k_c / (exp(sink[h]) + sum_c exp(s_c)). A token without a valid
+    candidate gives zeros and lse -inf. Same inputs give the same bits.
+
+    Args:
+        q: bf16 [T, H, 512], H from 1 to 128; any strides with contiguous rows.
+        swa_cache: uint8 [blocks, block_size, 584], packed (ops/fp8_ds_mla); any block size, pages
+            may be padded.
+        swa_indices: int32 [T, W] or [T, 1, W]; global slots `block * block_size + row`; a negative
+            entry is empty, wherever it stands.
+        swa_lens: int32 [T]; entries of a row at or past it are ignored. None: all W count.
+        extra_cache, extra_indices, extra_lens: the compressed candidates, in the same form.
+        extra_block_table: int32 [R, P]; if given, `extra_indices` are positions local to a request
+            and page p of request r lives in block `extra_block_table[r, p]`; positions past the
+            table are ignored.
+        request_ids: int32 [T], row of `extra_block_table` for each token; required with it.
+        sink: fp32 [H], natural log units, added to the denominator only; -inf is none.
+        softmax_scale: factor of the scores.
+        out: bf16 [T, H, 512] to write into; allocated if None.
+        return_lse: also return the natural LSE over the candidates, without the sink.
+        policy: launch limits; None: the defaults.
+
+    Returns:
+        out, or (out, lse) with lse fp32 [T, H].
+
+    Raises:
+        TypeError, ValueError: an argument has another dtype, shape or device than above; nothing
+            has been launched or written then.
+    """
+    _check_query(q)
+    tokens, heads, _ = q.shape
+    check_packed_cache("swa_cache", swa_cache)
+    swa_indices = _check_indices("swa_indices", swa_indices, tokens)
+    _check_vector("swa_lens", swa_lens, torch.int32, tokens)
+    _check_vector("sink", sink, torch.float32, heads)
+    has_extra = extra_cache is not None
+    if has_extra != (extra_indices is not None):
+        raise ValueError("extra_cache and extra_indices: give both or neither")
+    if has_extra:
+        check_packed_cache("extra_cache", extra_cache)
+        extra_indices = _check_indices("extra_indices", extra_indices, tokens)
+        _check_vector("extra_lens", extra_lens, torch.int32, tokens)
+    elif extra_lens is not None or extra_block_table is not None:
+        raise ValueError("extra_lens and extra_block_table need extra_cache and extra_indices")
+    if (extra_block_table is None) != (request_ids is None):
+        raise ValueError("extra_block_table and request_ids: give both or neither")
+    if extra_block_table is not None:
+        _check_matrix("extra_block_table", extra_block_table, torch.int32)
+        _check_vector("request_ids", request_ids, torch.int32, tokens)
+    if out is not None:
+        _check_output(out, q)
+    named = {
+        "swa_cache": swa_cache,
+        "swa_indices": swa_indices,
+        "swa_lens": swa_lens,
+        "extra_cache": extra_cache,
+        "extra_indices": extra_indices,
+        "extra_lens": extra_lens,
+        "extra_block_table": extra_block_table,
+        "request_ids": request_ids,
+        "sink": sink,
+        "out": out,
+    }
+    for name, tensor in named.items():
+        if tensor is not None and tensor.device != q.device:
+            raise ValueError(f"{name}: expected device {q.device} (that of q), got {tensor.device}")
+    sms = _multiprocessors(q.device)
+
+    if out is None:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty((tokens, heads), dtype=torch.float32) if return_lse else None
+    if tokens:
+        candidates = swa_indices.shape[1] + (extra_indices.shape[1] if has_extra else 0)
+        plan = choose(tokens, heads, candidates, sms=sms, policy=policy or LaunchPolicy())
+        step = tokens if plan.num_splits > 1 else plan.tokens_per_launch
+        for start in range(0, tokens, step):
+            rows = slice(start, start + step)
+            _launch(
+                plan.config,
+                plan.num_splits,
+                softmax_scale,
+                sink,
+                swa_cache,
+                extra_cache,
+                extra_block_table,
+                q=q[rows],
+                swa_indices=swa_indices[rows],
+                swa_lens=_rows(swa_lens, rows),
+                extra_indices=_rows(extra_indices, rows),
+                extra_lens=_rows(extra_lens, rows),
+                request_ids=_rows(request_ids, rows),
+                out=out[rows],
+                lse=_rows(lse, rows),
+            )
+    return (out, lse) if return_lse else out
+
+
+def _rows(tensor: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
+    return None if tensor is None else tensor[rows]
+
+
+def _launch(
+    config: LaunchConfig,
+    num_splits: int,
+    softmax_scale: float,
+    sink: torch.Tensor | None,
+    swa_cache: torch.Tensor,
+    extra_cache: torch.Tensor | None,
+    table: torch.Tensor | None,
+    *,
+    q: torch.Tensor,
+    swa_indices: torch.Tensor,
+    swa_lens: torch.Tensor | None,
+    extra_indices: torch.Tensor | None,
+    extra_lens: torch.Tensor | None,
+    request_ids: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+) -> None:
+    tokens, heads, _ = q.shape
+    partial = num_splits > 1
+    if partial:
+        target = q.new_empty((tokens, num_splits, heads, HEAD_DIM), dtype=torch.float32)
+        target_lse = q.new_empty((tokens, num_splits, heads), dtype=torch.float32)
+        out_strides = target.stride()[:3]
+        lse_strides = target_lse.stride()[:2]
+    else:
+        target, target_lse = out, lse
+        out_strides = (out.stride(0), 0, out.stride(1))
+        lse_strides = (0, 0) if lse is None else (lse.stride(0), 0)
+    has_extra = extra_cache is not None
+    head_blocks = triton.cdiv(heads, config.block_h)
+    with _on(q.device):
+        sparse_mla_kernel[(tokens * head_blocks, num_splits)](
+            q,
+            swa_cache,
+            swa_indices,
+            swa_lens,
+            extra_cache if has_extra else swa_cache,
+            extra_indices if has_extra else swa_indices,
+            extra_lens,
+            table,
+            request_ids,
+            sink,
+            target,
+            target_lse,
+            softmax_scale,
+            heads,
+            swa_indices.shape[1],
+            extra_indices.shape[1] if has_extra else 0,
+            table.shape[1] if table is not None else 0,
+            q.stride(0),
+            q.stride(1),
+            swa_cache.stride(0),
+            swa_indices.stride(0),
+            extra_cache.stride(0) if has_extra else 0,
+            extra_indices.stride(0) if has_extra else 0,
+            table.stride(0) if table is not None else 0,
+            *out_strides,
+            *lse_strides,
+            num_splits,
+            SWA_BLOCK=swa_cache.shape[1],
+            EXTRA_BLOCK=extra_cache.shape[1] if has_extra else 1,
+            HAS_SWA_LENS=swa_lens is not None,
+            HAS_EXTRA=has_extra,
+            HAS_EXTRA_LENS=extra_lens is not None,
+            HAS_TABLE=table is not None,
+            HAS_SINK=sink is not None,
+            HAS_LSE=lse is not None,
+            PARTIAL=partial,
+            BLOCK_H=config.block_h,
+            BLOCK_N=config.block_n,
+            DOT_DTYPE=_dot_dtype(),
+            num_warps=config.num_warps,
+            num_stages=1,
+        )
+        if partial:
+            sparse_mla_merge_kernel[(tokens * heads,)](
+                target,
+                target_lse,
+                sink,
+                out,
+                lse,
+                heads,
+                num_splits,
+                *out_strides,
+                *lse_strides,
+                out.stride(0),
+                out.stride(1),
+                0 if lse is None else lse.stride(0),
+                HAS_SINK=sink is not None,
+                HAS_LSE=lse is not None,
+                BLOCK_S=triton.next_power_of_2(num_splits),
+                BLOCK_D=128,
+                num_warps=4,
+            )
+
+
+def _dot_dtype() -> tl.dtype:
+    # The interpreter's dot on bf16 operands is wrong in Triton 3.6 to 3.8; fp32 holds them exactly.
+    return tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    if device.type == "cpu" and triton.knobs.runtime.interpret:
+        return 8
+    raise ValueError(
+        f"q: expected a CUDA device (or the CPU under TRITON_INTERPRET=1), got {device}"
+    )
+
+
+def _check_query(q: torch.Tensor) -> None:
+    if q.dtype != torch.bfloat16:
+        raise TypeError(f"q: expected dtype torch.bfloat16, got {q.dtype}")
+    if q.dim() != 3 or q.shape[2] != HEAD_DIM or not 1 <= q.shape[1] <= MAX_HEADS:
+        raise ValueError(
+            f"q: expected [T, H, {HEAD_DIM}] with H from 1 to {MAX_HEADS}, got {list(q.shape)}"
+        )
+    if q.stride(2) != 1:
+        raise ValueError(f"q: expected contiguous rows, got strides {tuple(q.stride())}")
+
+
+def _check_output(out: torch.Tensor, q: torch.Tensor) -> None:
+    if out.dtype != torch.bfloat16:
+        raise TypeError(f"out: expected dtype torch.bfloat16, got {out.dtype}")
+    if out.shape != q.shape:
+        raise ValueError(f"out: expected the shape of q {list(q.shape)}, got {list(out.shape)}")
+    if out.stride(2) != 1:
+        raise ValueError(f"out: expected contiguous rows, got strides {tuple(out.stride())}")
+
+
+def _check_indices(name: str, indices: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Validate [T, W] or [T, 1, W] and return the [T, W] view."""
+    if indices.dim() == 3 and indices.shape[1] == 1:
+        indices = indices.squeeze(1)
+    _check_matrix(name, indices, torch.int32)
+    if indices.shape[0] != tokens:
+        raise ValueError(f"{name}: expected {tokens} rows (those of q), got {indices.shape[0]}")
+    return indices
+
+
+def _check_matrix(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name}: expected dtype {dtype}, got {tensor.dtype}")
+    if tensor.dim() != 2:
+        raise ValueError(f"{name}: expected 2 dimensions, got shape {list(tensor.shape)}")
+    if tensor.shape[1] > 1 and tensor.stride(1) != 1:
+        raise ValueError(f"{name}: expected contiguous rows, got strides {tuple(tensor.stride())}")
+
+
+def _check_vector(name: str, tensor: torch.Tensor | None, dtype: torch.dtype, length: int) -> None:
+    if tensor is None:
+        return
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name}: expected dtype {dtype}, got {tensor.dtype}")
+    if tensor.shape != (length,) or (length > 1 and tensor.stride(0) != 1):
+        raise ValueError(
+            f"{name}: expected a contiguous vector of {length}, got shape {list(tensor.shape)} "
+            f"and strides {tuple(tensor.stride())}"
+        )
