@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm-sm12x`: each command imports what it needs when it runs, so that `doctor` always can."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vllm_sm12x import __version__
+
+app = typer.Typer(
+    name="vllm-sm12x",
+    help="DeepSeek V4 sparse attention for SM12x GPUs on stock vLLM.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """The options that belong to no command."""
+
+
+@app.command()
+def doctor(
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show what the plugin does on this machine, and why. Exit 0 healthy, 1 degraded, 2 broken."""
+    from vllm_sm12x.doctor import run_doctor
+
+    raise typer.Exit(run_doctor(as_json=json))
+
+
+@app.command()
+def demo() -> None:
+    """Serve a tiny DeepSeek V4 and ask it something; without a GPU, check its attention path."""
+    from vllm_sm12x.demo import run_demo
+
+    raise typer.Exit(run_demo())
+
+
+@app.command("tiny-checkpoint")
+def tiny_checkpoint(
+    path: Annotated[Path, typer.Argument(help="The folder to write.")],
+    seed: Annotated[int, typer.Option(min=0, help="The seed of the random weights.")] = 0,
+) -> None:
+    """Write a small DeepSeek V4 checkpoint (1.44 GB, random weights) in the released format."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+    from vllm_sm12x.tiny_checkpoint import write_tiny_deepseek_v4
+
+    with Progress(BarColumn(), DownloadColumn(), TextColumn("{task.description}")) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(done: int, total: int, label: str) -> None:
+            bar.update(task, completed=done, total=total, description=label)
+
+        try:
+            written = write_tiny_deepseek_v4(path, seed=seed, progress=show)
+        except OSError as error:
+            bar.stop()
+            typer.echo(error, err=True)
+            raise typer.Exit(1) from None
+    typer.echo(written)

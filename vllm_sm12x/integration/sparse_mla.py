@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TRITON_MLA_SPARSE: DeepSeek V4's attention layer on `vllm_sm12x.ops.sparse_mla`.
+
+Everything but the attention itself stays vLLM's: projections, cache writes, indexer, metadata.
+Decode, speculative decode (several tokens of one request) and prefill all read the packed paged
+caches through the same kernel; a batch of both makes two calls, decodes first, as vLLM orders it.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from vllm_sm12x import knobs
+from vllm_sm12x.integration import selection
+from vllm_sm12x.integration.dump import dump_and_abort
+from vllm_sm12x.ops import sparse_mla
+from vllm_sm12x.ops.sparse_mla import MAX_HEADS
+from vllm_sm12x.ops.sparse_mla.config import LaunchPolicy
+from vllm_sm12x.vllm_api.sparse_mla import (
+    BUILDER_GIVES_PREFILL_SLOTS,
+    DeepseekSparseSWABackend,
+    DeepseekSparseSWAMetadata,
+    DeepseekSparseSWAMetadataBuilder,
+    DeepseekV4FlashMLAAttention,
+    DeepseekV4FlashMLABackend,
+    DeepseekV4SWACache,
+    current_metadata,
+    window_slots,
+)
+
+NO_LIMIT = torch.iinfo(torch.int32).max
+
+
+class TritonMlaSparseBackend(DeepseekV4FlashMLABackend):
+    """Metadata, cache layout and capabilities; the layer below is what runs."""
+
+    @staticmethod
+    def get_name() -> str:
+        return selection.NAME
+
+    @staticmethod
+    def get_impl_cls() -> type[Any]:
+        raise NotImplementedError(
+            f"{selection.NAME} serves {' and '.join(selection.SERVED_ARCHITECTURES)} only, through "
+            "a layer of their own; choose another --attention-backend for this model."
+        )
+
+    @classmethod
+    def supports_compute_capability(cls, capability: Any) -> bool:
+        return capability.major >= 8
+
+
+@dataclasses.dataclass
+class WindowMetadata(DeepseekSparseSWAMetadata):
+    """vLLM's sliding-window metadata, and what the kernel needs besides.
+
+    Attributes:
+        prefill_swa_indices: int32 [prefill tokens, 1, window], global slots.
+        prefill_swa_lens: int32 [prefill tokens].
+        candidate_limits: int32 [tokens], 0 for a padded token, else no limit: what a padded token
+            finds in the shared top-k buffer is left over from another step.
+    """
+
+    prefill_swa_indices: torch.Tensor | None = None
+    prefill_swa_lens: torch.Tensor | None = None
+    candidate_limits: torch.Tensor | None = None
+
+
+class WindowMetadataBuilder(DeepseekSparseSWAMetadataBuilder):
+    """Builds `WindowMetadata` in buffers whose addresses a CUDA graph may keep."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        tokens = self.vllm_config.scheduler_config.max_num_batched_tokens
+        self.candidate_limits = torch.zeros(tokens, dtype=torch.int32, device=self.device)
+        if not BUILDER_GIVES_PREFILL_SLOTS:
+            self.window_indices = torch.zeros(
+                tokens, 1, self.window_size, dtype=torch.int32, device=self.device
+            )
+            self.window_lens = torch.zeros_like(self.candidate_limits)
+
+    def build(self, *args: Any, **kwargs: Any) -> WindowMetadata:
+        metadata = WindowMetadata(**vars(super().build(*args, **kwargs)))
+        valid = metadata.is_valid_token
+        limits = self.candidate_limits[: valid.shape[0]]
+        torch.mul(valid, NO_LIMIT, out=limits)
+        metadata.candidate_limits = limits
+        if not BUILDER_GIVES_PREFILL_SLOTS and metadata.num_prefills:
+            window_slots(metadata, self.window_size, self.window_indices, self.window_lens)
+            decodes = metadata.num_decode_tokens
+            prefill = slice(decodes, decodes + metadata.num_prefill_tokens)
+            metadata.prefill_swa_indices = self.window_indices[prefill]
+            metadata.prefill_swa_lens = self.window_lens[prefill]
+        return metadata
+
+    def build_tile_scheduler(self, num_decode_tokens: int) -> dict[str, Any]:
+        # FlashMLA's schedules; asked for no tokens, vLLM gives a plan of none.
+        return super().build_tile_scheduler(0)
+
+
+class WindowBackend(DeepseekSparseSWABackend):
+    """vLLM's sliding-window cache with our metadata builder."""
+
+    @staticmethod
+    def get_builder_cls() -> type[WindowMetadataBuilder]:
+        return WindowMetadataBuilder
+
+
+class WindowCache(DeepseekV4SWACache):
+    """The sliding-window cache of one layer."""
+
+    def get_attn_backend(self) -> type[WindowBackend]:
+        return WindowBackend
+
+
+class TritonMlaSparseAttention(DeepseekV4FlashMLAAttention):
+    """A DeepSeek V4 attention layer whose sparse MLA runs in Triton."""
+
+    backend_cls = TritonMlaSparseBackend
+
+    def __init__(self, vllm_config: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__(vllm_config, prefix, *args, **kwargs)
+        # The same cache under the same name, built by our metadata builder.
+        stock = self.swa_cache_layer
+        del vllm_config.compilation_config.static_forward_context[stock.prefix]
+        self.swa_cache_layer = WindowCache(
+            head_dim=stock.head_dim,
+            window_size=stock.window_size,
+            dtype=stock.dtype,
+            prefix=stock.prefix,
+            cache_config=stock.cache_config,
+        )
+        self.policy = LaunchPolicy(
+            head_block=knobs.get("VLLM_TRITON_MLA_SPARSE_HEAD_BLOCK_SIZE"),
+            topk_chunk=knobs.get("VLLM_TRITON_MLA_SPARSE_TOPK_CHUNK_SIZE"),
+            query_chunk=knobs.get("VLLM_TRITON_MLA_SPARSE_QUERY_CHUNK_SIZE"),
+        )
+        self.dump_path = (
+            knobs.get("VLLM_TRITON_MLA_SPARSE_DUMP_PATH")
+            if knobs.get("VLLM_TRITON_MLA_SPARSE_DUMP")
+            else None
+        )
+
+    @classmethod
+    def get_padded_num_q_heads(cls, num_heads: int) -> int:
+        """No padding: the kernel takes any head count up to 128."""
+        if not 1 <= num_heads <= MAX_HEADS:
+            raise ValueError(
+                f"{selection.NAME} takes 1 to {MAX_HEADS} query heads on a rank, got {num_heads}."
+            )
+        return num_heads
+
+    def forward_mqa(
+        self, q: torch.Tensor, kv: torch.Tensor, positions: torch.Tensor, output: torch.Tensor
+    ) -> None:
+        """Attend; q and output are bf16 [tokens, heads, 512], kv is read from the caches."""
+        metadata = current_metadata()
+        if metadata is None:
+            output.zero_()
+            return
+        window: WindowMetadata = metadata[self.swa_cache_layer.prefix]
+        compressed = metadata.get(self.prefix)
+        calls = []
+        decodes = window.num_decode_tokens
+        if decodes:
+            calls.append((slice(0, decodes), window.decode_swa_indices, window.decode_swa_lens))
+        if window.num_prefills:
+            prefill = slice(decodes, decodes + window.num_prefill_tokens)
+            calls.append((prefill, window.prefill_swa_indices, window.prefill_swa_lens))
+        arguments = [
+            {
+                "q": q[tokens],
+                "swa_cache": self.swa_cache_layer.kv_cache,
+                "swa_indices": indices,
+                "swa_lens": lens,
+                **self._compressed_candidates(tokens, window, compressed),
+                "sink": self.attn_sink,
+                "softmax_scale": self.scale,
+                "out": output[tokens],
+            }
+            for tokens, indices, lens in calls
+        ]
+        if self.dump_path:
+            dump_and_abort(self.dump_path, self.prefix, self.compress_ratio, arguments)
+        for call in arguments:
+            sparse_mla(**call, policy=self.policy)
+
+    def _compressed_candidates(
+        self, tokens: slice, window: WindowMetadata, compressed: Any
+    ) -> dict[str, torch.Tensor]:
+        """The extra candidates of `tokens`, which are all of the decodes or all of the prefills."""
+        if self.compress_ratio <= 1:
+            return {}
+        if self.compress_ratio == 128 and tokens.start == 0 and window.num_decode_tokens:
+            return {
+                "extra_cache": self.kv_cache,
+                "extra_indices": compressed.c128a_global_decode_topk_indices,
+                "extra_lens": compressed.c128a_decode_topk_lens,
+            }
+        # Positions within the request: top-k of the indexer (ratio 4), all of them (ratio 128).
+        positions = (
+            self.topk_indices_buffer[tokens]
+            if self.compress_ratio == 4
+            else compressed.c128a_prefill_topk_indices
+        )
+        return {
+            "extra_cache": self.kv_cache,
+            "extra_indices": positions,
+            "extra_lens": window.candidate_limits[tokens],
+            "extra_block_table": compressed.block_table,
+            "request_ids": window.token_to_req_indices[tokens],
+        }

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every setting of the plugin, one row each, and the only place that reads the environment.
+
+An unset or empty variable has its default. Anything else must parse, or `KnobError` says which
+variable holds what, and what it takes.
+"""
+
+import difflib
+import os
+from collections.abc import Callable, Container, Iterable, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+_OUR_PREFIXES = ("VLLM_SM12X_", "VLLM_TRITON_MLA_SPARSE")
+
+
+class KnobError(ValueError):
+    """A variable of ours holds a value, or has a name, that means nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knob:
+    """One environment variable: its name, default, what it takes, and what it does."""
+
+    name: str
+    default: Any
+    default_text: str
+    allowed: str
+    parse: Callable[[str], Any]  # raises ValueError for anything outside `allowed`
+    help: str
+
+    @property
+    def text(self) -> str:
+        """What the environment says, "" when it says nothing."""
+        return os.environ.get(self.name, "").strip()
+
+    def read(self) -> Any:
+        """The value in force now. Raises KnobError."""
+        if not self.text:
+            return self.default
+        try:
+            return self.parse(self.text)
+        except ValueError:
+            message = f"{self.name}={self.text!r} is not valid: allowed is {self.allowed}."
+            raise KnobError(message) from None
+
+
+def _one_of(values: dict[str, Any]) -> Callable[[str], Any]:
+    def parse(raw: str) -> Any:
+        if raw not in values:
+            raise ValueError
+        return values[raw]
+
+    return parse
+
+
+def _integer(low: int, high: int | None = None, multiple: int = 1) -> Callable[[str], int]:
+    def parse(raw: str) -> int:
+        value = int(raw)
+        if value < low or (high is not None and value > high) or value % multiple:
+            raise ValueError
+        return value
+
+    return parse
+
+
+def _names(raw: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in raw.split(",") if part.strip())
+
+
+_switch = _one_of({"0": False, "1": True})
+
+KNOBS: tuple[Knob, ...] = (
+    Knob(
+        name="VLLM_TRITON_MLA_SPARSE",
+        default=None,
+        default_text="unset (auto)",
+        allowed="0, 1 or auto",
+        parse=_one_of({"auto": None, "0": False, "1": True}),
+        help="Auto: TRITON_MLA_SPARSE serves DeepSeek V4 on SM12x GPUs, and nothing changes on "
+        "others. 1: also on any other NVIDIA GPU from SM80 on. 0: off.",
+    ),
+    Knob(
+        name="VLLM_DEEP_GEMM_SM120_PAGED_MQA_TILED",
+        default=True,
+        default_text="1",
+        allowed="0 or 1",
+        parse=_switch,
+        help="Handed to DeepGEMM as `DG_SM120_PAGED_MQA_TILED` (unless that is set already): 1 "
+        "takes the tiled paged-MQA kernel where the installed DeepGEMM has one for SM120, 0 its "
+        "simpler one. No effect without a DeepGEMM that has SM120 kernels.",
+    ),
+    Knob(
+        name="VLLM_TRITON_MLA_SPARSE_ALLOW_CUDAGRAPH",
+        default=True,
+        default_text="1",
+        allowed="0 or 1",
+        parse=_switch,
+        help="0: no torch.compile and no CUDA graphs while TRITON_MLA_SPARSE is in use, for "
+        "debugging.",
+    ),
+    Knob(
+        name="VLLM_TRITON_MLA_SPARSE_TOPK_CHUNK_SIZE",
+        default=512,
+        default_text="512",
+        allowed="a multiple of 16 from 16 to 65536",
+        parse=_integer(16, 65536, multiple=16),
+        help="Candidates of one query that the split decode works on at one time over all its "
+        "splits, so at most this / 16 splits. Lower: a smaller fp32 workspace for partial "
+        "results. Higher: a shorter loop in each program.",
+    ),
+    Knob(
+        name="VLLM_TRITON_MLA_SPARSE_QUERY_CHUNK_SIZE",
+        default=256,
+        default_text="256",
+        allowed="an integer from 1 on",
+        parse=_integer(1),
+        help="Prefill is launched in whole multiples of this many query tokens, as many as fill "
+        "the GPU. It bounds a launch and its workspace.",
+    ),
+    Knob(
+        name="VLLM_TRITON_MLA_SPARSE_HEAD_BLOCK_SIZE",
+        default=None,
+        default_text="auto",
+        allowed="auto, 1, 2 or 4",
+        parse=_one_of({"auto": None, "1": 1, "2": 2, "4": 4}),
+        help="Heads of one decode program, in units of one 16-head MMA tile. Auto: 1 for "
+        "single-token decode, 2 for small batches, 4 for larger ones.",
+    ),
+    Knob(
+        name="VLLM_TRITON_MLA_SPARSE_DUMP",
+        default=False,
+        default_text="0",
+        allowed="0 or 1",
+        parse=_switch,
+        help="1: the first attention call writes its tensors' metadata (shapes, dtypes, strides, "
+        "lengths, value ranges) as JSON lines and aborts. vLLM cannot end one request without "
+        "ending the engine, so **the engine stops**. Implies eager execution.",
+    ),
+    Knob(
+        name="VLLM_TRITON_MLA_SPARSE_DUMP_PATH",
+        default="/tmp/deepseek_v4_triton_mla_sparse_dump.jsonl",
+        default_text="/tmp/deepseek_v4_triton_mla_sparse_dump.jsonl",
+        allowed="a path",
+        parse=str,
+        help="The file that `VLLM_TRITON_MLA_SPARSE_DUMP=1` writes.",
+    ),
+    Knob(
+        name="VLLM_SM12X_ASSUME",
+        default=None,
+        default_text="unset",
+        allowed="12.0 or 12.1",
+        parse=_one_of({"12.0": (12, 0), "12.1": (12, 1)}),
+        help="Take the SM12x path on another NVIDIA GPU as if it had this compute capability. For "
+        "tests: the results are proxies.",
+    ),
+    Knob(
+        name="VLLM_SM12X_OFF",
+        default=(),
+        default_text="unset",
+        allowed="names of changes, separated by commas",
+        parse=_names,
+        help="Changes to leave out, by the names that `vllm-sm12x doctor` lists.",
+    ),
+)
+
+_BY_NAME = {knob.name: knob for knob in KNOBS}
+
+
+def get(name: str) -> Any:
+    """The value in force of the knob `name`. Raises KnobError for a bad value."""
+    return _BY_NAME[name].read()
+
+
+def check_environment(known: Container[str] = ()) -> None:
+    """Parse every knob, and refuse names under our prefixes that nobody knows.
+
+    `known` are names that vLLM itself defines: a later release may use the same prefix.
+    Raises KnobError.
+    """
+    for knob in KNOBS:
+        knob.read()
+    for name in sorted(os.environ):
+        if name.startswith(_OUR_PREFIXES) and name not in _BY_NAME and name not in known:
+            raise KnobError(f"{name} is not a setting of vllm-sm12x{did_you_mean(name, _BY_NAME)}.")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`; did you mean X`, the end of a sentence about a wrong name, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}" if close else ""
+
+
+def merge_into(environment_variables: MutableMapping[str, Callable[[], Any]]) -> list[str]:
+    """Add every knob to vLLM's table of variables, and return the names that were not there.
+
+    Members of that table cause no "unknown variable" warning, enter the compile-cache key and are
+    shown by `vllm collect-env`.
+    """
+    added = [knob for knob in KNOBS if knob.name not in environment_variables]
+    environment_variables.update({knob.name: knob.read for knob in added})
+    return [knob.name for knob in added]
+
+
+def forward_to_deep_gemm() -> None:
+    """Set DeepGEMM's own variable from ours, if the user set ours and not DeepGEMM's."""
+    tiled = _BY_NAME["VLLM_DEEP_GEMM_SM120_PAGED_MQA_TILED"]
+    if tiled.text:
+        os.environ.setdefault("DG_SM120_PAGED_MQA_TILED", f"{tiled.read():d}")
+
+
+def cuda_visible_devices() -> str | None:
+    """CUDA_VISIBLE_DEVICES, None when unset."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def vllm_plugins() -> tuple[str, ...] | None:
+    """The plugin names that VLLM_PLUGINS lets vLLM load, None when unset (all of them)."""
+    raw = os.environ.get("VLLM_PLUGINS")
+    return None if raw is None else tuple(raw.split(","))
+
+
+def markdown_table() -> str:
+    """The README's table of settings."""
+    rows = [f"| `{knob.name}` | {knob.default_text} | {knob.help} |" for knob in KNOBS]
+    return "\n".join(["| Variable | Default | Meaning |", "| --- | --- | --- |", *rows]) + "\n"

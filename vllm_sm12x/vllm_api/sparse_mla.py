@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The DeepSeek V4 attention layer, its caches and its metadata. Heavy to import: workers only."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from vllm.forward_context import get_forward_context
+from vllm.models.deepseek_v4.nvidia.flashmla import DeepseekV4FlashMLAAttention
+from vllm.models.deepseek_v4.sparse_mla import DeepseekV4FlashMLABackend
+from vllm.v1.attention.backends.mla import sparse_swa
+from vllm.v1.attention.backends.mla.sparse_swa import (
+    DeepseekSparseSWABackend,
+    DeepseekSparseSWAMetadata,
+    DeepseekSparseSWAMetadataBuilder,
+    DeepseekV4SWACache,
+)
+
+# until: vllm>=0.24, whose builder gives prefill tokens their window's slots itself.
+BUILDER_GIVES_PREFILL_SLOTS = "prefill_swa_indices" in {
+    field.name for field in dataclasses.fields(DeepseekSparseSWAMetadata)
+}
+
+
+def current_metadata() -> Any:
+    """Attention metadata by layer name of the forward pass in progress; None in a profile run."""
+    return get_forward_context().attn_metadata
+
+
+def window_slots(
+    metadata: DeepseekSparseSWAMetadata, window: int, indices: torch.Tensor, lens: torch.Tensor
+) -> None:
+    """Write every token's sliding-window slots, decodes first, where the builder does not.
+
+    Args:
+        metadata: of the batch, T tokens.
+        window: tokens a query sees, itself included.
+        indices: int32 [>= T, 1, window], global slots out, -1 past the length.
+        lens: int32 [>= T], out.
+    """
+    tokens = metadata.num_decode_tokens + metadata.num_prefill_tokens
+    sparse_swa._compute_swa_indices_and_lens_kernel[(tokens,)](
+        indices,
+        indices.stride(0),
+        lens,
+        window,
+        metadata.query_start_loc,
+        metadata.seq_lens,
+        metadata.token_to_req_indices,
+        metadata.is_valid_token,
+        metadata.block_table,
+        metadata.block_table.stride(0),
+        metadata.block_size,
+        TRITON_BLOCK_SIZE=1024,
+    )
+
+
+__all__ = [
+    "BUILDER_GIVES_PREFILL_SLOTS",
+    "DeepseekSparseSWABackend",
+    "DeepseekSparseSWAMetadata",
+    "DeepseekSparseSWAMetadataBuilder",
+    "DeepseekV4FlashMLAAttention",
+    "DeepseekV4FlashMLABackend",
+    "DeepseekV4SWACache",
+    "current_metadata",
+    "window_slots",
+]
