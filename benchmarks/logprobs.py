@@ -214,6 +214,9 @@ def collect(
     ] = 0,
     decode_tokens: Annotated[int, typer.Option(min=2)] = DECODE_TOKENS,
     tensor_parallel_size: Annotated[int, typer.Option(min=1)] = 1,
+    oracle: Annotated[
+        bool, typer.Option("--oracle", help="Our layer, its kernel replaced by the fp32 oracle.")
+    ] = False,
     dump: Annotated[
         Path | None, typer.Option(help="Instead: VLLM_TRITON_MLA_SPARSE_DUMP=1 to this file.")
     ] = None,
@@ -221,6 +224,8 @@ def collect(
 ) -> None:
     """Run the model once and write its log-probabilities."""
     console = Console()
+    if oracle and (attention is not Attention.OURS or not eager):
+        raise typer.BadParameter("--oracle needs --attention ours and --eager")
     os.environ.update(attention_env(attention), **offline(model))
     # The engine in this process: requests reach it in one order, and runs batch the same way.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -241,6 +246,10 @@ def collect(
         mtp=mtp,
         tensor_parallel_size=tensor_parallel_size,
     )
+    if oracle:
+        from in_engine import use_oracle
+
+        use_oracle()
     llm = LLM(**args)
     classes = check_attention(llm, attention)
     console.print(f"attention: {', '.join(classes)}")
@@ -264,7 +273,7 @@ def collect(
     }
     meta = {
         "machine": machine,
-        "attention": attention.value,
+        "attention": "oracle" if oracle else attention.value,
         "attention_classes": classes,
         "forced": not mtp,
         "engine_args": args,

@@ -1,0 +1,379 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The programs of benchmarks/ notice what is wrong: on a stand-in for vLLM, and on made-up data."""
+
+import json
+import logging
+import os
+import re
+import sys
+import types
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from vllm_sm12x import device
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import logprobs  # noqa: E402
+import serving  # noqa: E402
+import sparse_mla  # noqa: E402
+from machine import describe_machine, machine_line  # noqa: E402
+from server import Attention, check_startup, chosen_attention  # noqa: E402
+
+STAND_IN = Path(__file__).parent / "stand_in"
+TOKENS = range(819, 7373)
+
+
+@pytest.fixture
+def model(tmp_path):
+    """The part of a checkpoint that the client reads."""
+    directory = tmp_path / "model"
+    directory.mkdir()
+    (directory / "config.json").write_text('{"vocab_size": 8192}')
+    return directory
+
+
+def serve(model, *options, label="ours", fault="", requests=12, vllm_args=()):
+    """Run the program against the stand-in; its exit status, output, result and server log."""
+    path = model.parent / "result.json"
+    given = [
+        *("--model", str(model), "--label", label, "--json", str(path), "--limit", "60"),
+        *("--requests", str(requests), "--env", f"PYTHONPATH={STAND_IN}"),
+        *("--env", f"STAND_IN_FAULT={fault}", *options, "--", *vllm_args),
+    ]
+    ran = CliRunner().invoke(serving.app, given)
+    result = json.loads(path.read_text()) if path.exists() else None
+    log = path.with_suffix(".server.log").read_text()
+    return ran, result, log
+
+
+def test_all_requests_are_answered_checked_and_counted(model):
+    ran, result, log = serve(model, requests=64, vllm_args=("--max-num-seqs", "16"))
+    assert ran.exit_code == 0, ran.output
+    asked = serving.mixed_requests(64, TOKENS)
+    assert result["problems"] == []
+    assert result["summary"]["requests"] == 64
+    assert result["summary"]["failed"] == 0
+    assert result["summary"]["output_tokens"] == sum(request.max_tokens for request in asked)
+    assert 0 < result["summary"]["first_request_ttft_seconds"] < result["summary"]["seconds"]
+    assert result["counters"]["vllm:prefix_cache_hits_total"] == 768
+    assert 1 < result["counters"]["vllm:num_preemptions_total"] <= 8  # the stand-in's concurrency
+    assert result["machine"]["label"] in ("native", "proxy")
+    arguments = json.loads(re.search(r"arguments (.*)", log)[1])
+    assert arguments[:2] == ["serve", str(model)]
+    assert arguments[-2:] == ["--max-num-seqs", "16"]  # the last one of two counts
+
+
+def test_the_server_and_its_workers_end_with_the_program(model):
+    _, _, log = serve(model, requests=1)
+    worker = int(re.search(r"worker (\d+)", log)[1])
+    status = Path(f"/proc/{worker}/status")
+    assert not status.exists() or re.search(r"State:\s+Z", status.read_text())
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("http_500", "HTTP 500: .*the engine is on fire"),
+        ("token_count", "tokens, expected"),
+        ("prompt_count", "usage says"),
+        ("finish_reason", "finish reasons"),
+        ("error_event", "out of pages"),
+        ("cut", r"without \[DONE\]"),
+        ("nan", "are no log-probabilities, such as nan"),
+        ("null", "are no log-probabilities, such as None"),
+        ("positive", "are no log-probabilities, such as 0.5"),
+        ("missing", "log-probabilities, expected"),
+        ("death", "ended with status 7"),
+        ("traceback", "Traceback"),
+        ("other_attention", "asked for TRITON_MLA_SPARSE, but the log names nothing"),
+        ("other_mode", "does not say that they were captured"),
+    ],
+)
+def test_a_fault_is_reported(model, fault, said):
+    ran, result, _ = serve(model, fault=fault)
+    assert ran.exit_code == 1
+    assert any(re.search(said, problem) for problem in result["problems"]), result["problems"]
+
+
+def test_stock_attention_and_eager_execution_are_checked_too(model):
+    ran, result, log = serve(model, "--mode", "eager", label="stock", requests=2)
+    assert ran.exit_code == 0, ran.output
+    assert result["env"]["VLLM_TRITON_MLA_SPARSE"] == "0"
+    ran, result, _ = serve(
+        model, "--mode", "eager", label="stock", fault="other_attention", requests=2
+    )
+    assert ran.exit_code == 1
+    assert "asked for stock attention" in result["problems"][0]
+    ran, result, _ = serve(model, "--mode", "eager", label="stock", fault="other_mode", requests=2)
+    assert ran.exit_code == 1
+    assert "CUDA graphs were captured" in result["problems"][0]
+
+
+def test_a_server_that_does_not_start_says_why(model):
+    ran, result, _ = serve(model, fault="no_start")
+    assert ran.exit_code == 1
+    assert result is None
+    assert "no kernel image is available" in str(ran.exception)
+
+
+def test_the_requests_cover_what_they_promise():
+    requests = serving.mixed_requests(64, TOKENS)
+    assert requests == serving.mixed_requests(64, TOKENS)
+    lengths = [len(request.prompt) for request in requests]
+    assert set(lengths) >= set(serving.NAMED_LENGTHS)
+    assert (min(lengths), max(lengths)) == (1, 6000)
+    assert {1, 64} <= {request.max_tokens for request in requests} <= set(range(1, 65))
+    assert sum(request.temperature == 0.0 for request in requests) == 32
+    assert sum(request.logprobs is not None for request in requests) >= 16
+    prefixes = [tuple(r.prompt[:1024]) for r in requests if len(r.prompt) > 1024]
+    assert max(map(prefixes.count, prefixes)) >= 8
+    assert all(token in TOKENS for request in requests for token in request.prompt)
+
+
+@pytest.mark.contract
+def test_the_plugin_logs_what_the_check_looks_for(monkeypatch):
+    from vllm_sm12x.integration import selection
+
+    class TritonMlaSparseAttention:
+        """In the place of the real class, whose bases need CUDA."""
+
+    class DeepseekV4FlashMLAAttention:
+        """In the place of vLLM's."""
+
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    monkeypatch.setattr(selection.logger, "handlers", [handler])
+    monkeypatch.setattr(selection.logger, "level", logging.INFO)
+    module = types.SimpleNamespace(TritonMlaSparseAttention=TritonMlaSparseAttention)
+    monkeypatch.setitem(sys.modules, "vllm_sm12x.integration.sparse_mla", module)
+    for ours in (True, False):
+        choice = selection.Choice(ours, True, f"VLLM_TRITON_MLA_SPARSE={ours:d}")
+        monkeypatch.setattr(selection, "choose", lambda _, choice=choice: choice)
+        selection.select_attention_class(lambda _: DeepseekV4FlashMLAAttention, None)
+    assert len(lines) == 2
+
+    ours_log, stock_log = (f"(EngineCore) INFO [selection.py:84] {line}\n" for line in lines)
+    assert chosen_attention(ours_log) == {"TritonMlaSparseAttention (TRITON_MLA_SPARSE)"}
+    assert check_startup(ours_log, attention=Attention.OURS, cudagraphs=False) == []
+    assert check_startup(ours_log, attention=Attention.STOCK, cudagraphs=False) != []
+    assert check_startup(stock_log, attention=Attention.OURS, cudagraphs=False) != []
+    assert check_startup(stock_log, attention=Attention.STOCK, cudagraphs=False) == []
+    assert check_startup(ours_log + stock_log, attention=Attention.OURS, cudagraphs=False) != []
+
+
+@pytest.mark.contract
+def test_the_logits_processor_forces_one_token_after_another():
+    from in_engine import FORCED_TOKENS, ForcedTokens
+    from vllm import SamplingParams
+    from vllm.v1.sample.logits_processor import BatchUpdate
+
+    processor = ForcedTokens(None, torch.device("cpu"), False)
+    assert not processor.is_argmax_invariant()
+    outputs = [[], [4, 4]]
+    forced = SamplingParams(extra_args={FORCED_TOKENS: [7, 3, 5]})
+    added = [(0, forced, [1], outputs[0]), (1, SamplingParams(), [1], []), (2, forced, [1], [4, 4])]
+    processor.update_state(BatchUpdate(batch_size=3, removed=(), added=added, moved=()))
+    logits = torch.randn(3, 8)
+    untouched = logits[1].clone()
+    chosen = processor.apply(logits.clone()).argmax(-1).tolist()
+    assert (chosen[0], chosen[2]) == (7, 5)
+    outputs[0].append(-1)
+    processor.update_state(None)
+    after = processor.apply(logits)
+    assert after[0].argmax() == 3
+    assert torch.equal(after[1], untouched)
+
+
+class ModelOfPositions:
+    """In the place of vllm.LLM: the log-probability of a token is a function of it and its place.
+
+    It obeys `forced_tokens`; without them it generates token 900 + the place.
+    """
+
+    def __init__(self, **args):
+        self.args = args
+
+    def apply_model(self, function):
+        layer = type(
+            "Layer", (torch.nn.Module,), {"forward_mqa": None, "__module__": "vllm_sm12x.x"}
+        )
+        return [function(torch.nn.ModuleList([layer(), torch.nn.Identity()]))]
+
+    def get_tokenizer(self):
+        return types.SimpleNamespace(encode=lambda text, add_special_tokens: list(text.encode()))
+
+    def get_metrics(self):
+        return [types.SimpleNamespace(name="vllm:spec_decode_num_drafts", value=3)]
+
+    @staticmethod
+    def step(token, place):
+        other = types.SimpleNamespace(logprob=-0.5)
+        return {token: types.SimpleNamespace(logprob=-token - place / 8192), -1: other}
+
+    def generate(self, prompts, params, use_tqdm):
+        params = params if isinstance(params, list) else [params] * len(prompts)
+        return [self.answer(p["prompt_token_ids"], q) for p, q in zip(prompts, params, strict=True)]
+
+    def answer(self, prompt, params):
+        places = range(len(prompt), len(prompt) + params.max_tokens)
+        forced = (params.extra_args or {}).get("forced_tokens")
+        tokens = forced or [900 + place for place in places]
+        output = types.SimpleNamespace(token_ids=tokens, logprobs=[*map(self.step, tokens, places)])
+        inside = [None, *(self.step(token, place) for place, token in enumerate(prompt) if place)]
+        return types.SimpleNamespace(outputs=[output], prompt_logprobs=inside)
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("mtp", [0, 2])
+def test_collect_lines_up_prefill_and_decode(model, monkeypatch, mtp):
+    out = model.parent / "run.npz"
+    monkeypatch.setattr("vllm.LLM", ModelOfPositions)
+    given = ["--model", str(model), "--out", str(out), "--mtp", str(mtp)]
+    with mock.patch.dict(os.environ):
+        ran = CliRunner().invoke(logprobs.app, ["collect", "--attention", "ours", *given])
+        assert ran.exit_code == 0, ran.output
+        assert os.environ["VLLM_TRITON_MLA_SPARSE"] == "1"
+        refused = CliRunner().invoke(logprobs.app, ["collect", "--attention", "stock", *given])
+    assert "asked for stock attention" in str(refused.exception)
+    run = logprobs.load_run(out)
+    assert run["meta"]["forced"] == (mtp == 0)
+    assert run["meta"]["counters"] == {"vllm:spec_decode_num_drafts": 3}
+    for tokens, prefilled, decoded in zip(
+        run["tokens"], run["prefill"], run["decode"], strict=True
+    ):
+        expected = -tokens - np.arange(len(tokens)) / 8192
+        np.testing.assert_allclose(prefilled, expected[1:], rtol=1e-12)
+        np.testing.assert_allclose(decoded, expected[-len(decoded) :], rtol=1e-12)
+        assert len(decoded) == logprobs.DECODE_TOKENS - 1
+    text = bytes(run["tokens"][-1][: logprobs.TEXT_LENGTH].tolist())
+    assert (ROOT / "LICENSE").read_bytes().startswith(text)
+
+
+def synthetic_run(path, *, seed=0, shift=0.0, forced=True, tokens_seed=0):
+    """A run of two prompts whose log-probabilities are -8 + `shift` plus noise of 1e-3."""
+    rng = np.random.default_rng(seed)
+    ids = np.random.default_rng(tokens_seed)
+    sequences = [ids.integers(0, 8192, length).tolist() for length in (40, 700)]
+
+    def values(count):
+        return -8 + shift + rng.normal(0, 1e-3, count)
+
+    logprobs.save_run(
+        path,
+        {"forced": forced, "machine": describe_machine("0123456789ab-dirty")},
+        sequences,
+        [values(len(tokens) - 1) for tokens in sequences],
+        [values(30) for _ in sequences],
+    )
+    return path
+
+
+def test_compare_computes_the_distribution_of_the_differences(tmp_path):
+    ours = synthetic_run(tmp_path / "ours.npz", seed=1, shift=0.25)
+    stock = synthetic_run(tmp_path / "stock.npz", seed=2)
+    again = synthetic_run(tmp_path / "again.npz", seed=3)
+    result = tmp_path / "result.json"
+    ran = CliRunner().invoke(
+        logprobs.app, ["compare", str(ours), str(stock), str(again), "--json", str(result)]
+    )
+    assert ran.exit_code == 0, ran.output
+    rows = {(row["pair"], row["path"]): row for row in json.loads(result.read_text())["rows"]}
+    assert len(rows) == 7
+    prefill = rows["ours - stock", "prefill"]
+    assert prefill["tokens"] == 39 + 699
+    assert rows["ours - stock", "decode"]["tokens"] == 60
+    # Two independent normals of 1e-3: their difference has sqrt(2) of that.
+    assert prefill["bias"] == pytest.approx(0.25, abs=5 * 1.42e-3 / 738**0.5)
+    assert prefill["bias_standard_error"] == pytest.approx(1.414e-3 / 738**0.5, rel=0.15)
+    assert prefill["p50"] == pytest.approx(0.25, abs=1e-3)
+    assert prefill["mean"] <= prefill["p99"] <= prefill["max"] < 0.26
+    noise = rows["stock - again", "prefill"]
+    assert noise["mean"] == pytest.approx(1.414e-3 * (2 / np.pi) ** 0.5, rel=0.15)
+    assert abs(noise["bias"]) < 5 * noise["bias_standard_error"]
+    assert rows["ours", "decode - prefill"]["max"] < 1e-2
+
+
+def test_statistics_of_known_differences():
+    a = [np.array([-1.0, -2.0]), np.array([-3.0, -4.0])]
+    b = [np.array([-1.0, -2.5]), np.array([-2.0, -4.0])]
+    assert logprobs.statistics(a, b) == pytest.approx(
+        {
+            "tokens": 4,
+            "mean": 0.375,
+            "p50": 0.25,
+            "p99": 0.985,
+            "max": 1.0,
+            "bias": -0.125,
+            "bias_standard_error": np.std([0, 0.5, -1, 0], ddof=1) / 2,
+        }
+    )
+
+
+def test_compare_refuses_other_tokens_and_values_that_are_not_finite(tmp_path):
+    ours = synthetic_run(tmp_path / "ours.npz")
+    other = synthetic_run(tmp_path / "other.npz", tokens_seed=1)
+    ran = CliRunner().invoke(logprobs.app, ["compare", str(ours), str(other)])
+    assert ran.exit_code == 1
+    assert "ours and other have different tokens" in ran.output
+    broken = synthetic_run(tmp_path / "broken.npz", shift=float("nan"))
+    ran = CliRunner().invoke(logprobs.app, ["compare", str(ours), str(broken)])
+    assert ran.exit_code == 1
+    assert "not finite" in ran.output
+
+
+def test_runs_of_tokens_that_the_model_chose_are_compared_with_themselves_only(tmp_path):
+    ours = synthetic_run(tmp_path / "ours.npz", forced=False)
+    stock = synthetic_run(tmp_path / "stock.npz", forced=False, tokens_seed=1)
+    rows = logprobs.compare_runs([logprobs.load_run(ours), logprobs.load_run(stock)])
+    assert [row["path"] for row in rows] == ["decode - prefill"] * 2
+
+
+def test_forced_sequences_are_the_same_in_every_run():
+    text = list(range(5000))
+    sequences = logprobs.forced_sequences(TOKENS, text, 160)
+    assert sequences == logprobs.forced_sequences(TOKENS, text, 160)
+    assert [len(tokens) - 160 for tokens in sequences] == [300, 1000, 2500, 6000, 1500]
+    assert sequences[-1] == text[:1660]
+
+
+def test_a_red_row_shows_no_time():
+    row = {
+        "tokens": 16,
+        "candidates": [128, 512],
+        "error": {"ours": 0.5, "flash_mla": 0.001},
+        "red": ["ours"],
+        "median_us": {"flash_mla": 20.0},
+        "iqr_us": {"flash_mla": 0.5},
+        "flops": 10**9,
+        "floor_us": 5.0,
+    }
+    cells = sparse_mla.table_cells(row)
+    assert cells[3:] == ["[red]error 5.0e-01[/]", "20.0 ± 0.5", "-", "-", "-"]
+    row |= {"red": [], "median_us": {"ours": 10.0, "flash_mla": 20.0}}
+    row["iqr_us"]["ours"] = 0.25
+    assert sparse_mla.table_cells(row)[3:] == ["10.0 ± 0.2", "20.0 ± 0.5", "0.50", "100", "50%"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "assume", "label"),
+    [((12, 0), "", "native"), ((12, 1), "", "native"), ((9, 0), "", "proxy")]
+    + [((9, 0), "12.0", "proxy"), ((12, 0), "12.1", "proxy")],
+)
+def test_the_machine_has_a_label_and_a_commit(monkeypatch, capability, assume, label):
+    gpu = device.Device("a GPU", capability, 96 << 30, "580.1")
+    monkeypatch.setattr(device, "first_visible_device", lambda: gpu)
+    monkeypatch.setenv("VLLM_SM12X_ASSUME", assume)
+    machine = describe_machine("0123456789ab-dirty")
+    assert (machine["commit"], machine["dirty"]) == ("0123456789ab", True)
+    assert machine_line(machine).startswith(f"{label}: ")
+    assert f"a GPU ({capability[0]}.{capability[1]}), driver 580.1" in machine_line(machine)
+    assert "at 0123456789ab with changes" in machine_line(machine)
+    assert json.loads(json.dumps(machine)) == machine
