@@ -8,9 +8,11 @@ variable holds what, and what it takes.
 import difflib
 import os
 from collections.abc import Callable, Container, Iterable, MutableMapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+_DEEP_GEMM_TILED = "DG_SM120_PAGED_MQA_TILED"
 _OUR_PREFIXES = ("VLLM_SM12X_", "VLLM_TRITON_MLA_SPARSE")
 
 
@@ -202,11 +204,11 @@ def merge_into(environment_variables: MutableMapping[str, Callable[[], Any]]) ->
     return [knob.name for knob in added]
 
 
-def forward_to_deep_gemm() -> None:
-    """Set DeepGEMM's own variable from ours, if the user set ours and not DeepGEMM's."""
-    tiled = _BY_NAME["VLLM_DEEP_GEMM_SM120_PAGED_MQA_TILED"]
-    if tiled.text:
-        os.environ.setdefault("DG_SM120_PAGED_MQA_TILED", f"{tiled.read():d}")
+def forward_to_deep_gemm(undo: ExitStack) -> None:
+    """Set DeepGEMM's own variable from ours, unless the user set DeepGEMM's; `undo` unsets it."""
+    if _DEEP_GEMM_TILED not in os.environ:
+        os.environ[_DEEP_GEMM_TILED] = f"{get('VLLM_DEEP_GEMM_SM120_PAGED_MQA_TILED'):d}"
+        undo.callback(os.environ.pop, _DEEP_GEMM_TILED, None)
 
 
 def cuda_visible_devices() -> str | None:

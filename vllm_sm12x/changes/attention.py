@@ -107,6 +107,7 @@ ROWS = (
         upstream="ours: members that later releases let a plugin add do not unpickle in a spawned "
         "engine, CUSTOM does",
         touches=(
+            "vllm.v1.attention.backends.registry._AttentionBackendEnumMeta.__getitem__",
             "vllm.v1.attention.backends.registry.AttentionBackendEnum.CUSTOM",
             "vllm.v1.attention.backends.registry.register_backend",
         ),

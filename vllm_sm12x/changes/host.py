@@ -50,7 +50,7 @@ def _merge_settings(context: Context, undo: ExitStack) -> None:
 
     for name in knobs.merge_into(environment_variables):
         undo.callback(environment_variables.pop, name)
-    knobs.forward_to_deep_gemm()
+    knobs.forward_to_deep_gemm(undo)
 
 
 def _settings_are_known(context: Context) -> Verdict:

@@ -26,6 +26,7 @@ from vllm_sm12x.vllm_api.sparse_mla import (
     DeepseekV4FlashMLABackend,
     DeepseekV4SWACache,
     current_metadata,
+    eager_break_during_capture,
     window_slots,
 )
 
@@ -131,6 +132,10 @@ class TritonMlaSparseAttention(DeepseekV4FlashMLAAttention):
             prefix=stock.prefix,
             cache_config=stock.cache_config,
         )
+        # vLLM decorates attention_impl as its module is imported. Where that happens before the
+        # config turns breakable graphs on (offline LLM, engine in the same process), the decorator
+        # does nothing, and PIECEWISE graphs keep the attention of the capture run, which is zero.
+        self.attention_impl = eager_break_during_capture(self.attention_impl)
         self.policy = LaunchPolicy(
             head_block=knobs.get("VLLM_TRITON_MLA_SPARSE_HEAD_BLOCK_SIZE"),
             topk_chunk=knobs.get("VLLM_TRITON_MLA_SPARSE_TOPK_CHUNK_SIZE"),

@@ -5,6 +5,7 @@ import dataclasses
 from typing import Any
 
 import torch
+from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.forward_context import get_forward_context
 from vllm.models.deepseek_v4.nvidia.flashmla import DeepseekV4FlashMLAAttention
 from vllm.models.deepseek_v4.sparse_mla import DeepseekV4FlashMLABackend
@@ -64,5 +65,6 @@ __all__ = [
     "DeepseekV4FlashMLABackend",
     "DeepseekV4SWACache",
     "current_metadata",
+    "eager_break_during_capture",
     "window_slots",
 ]
