@@ -174,7 +174,7 @@ class Batch:
         arguments: dict[str, Any] = {
             "q": self.q[tokens.start : tokens.stop],
             "swa_cache": self.window.cache,
-            "swa_indices": _padded(windows, WINDOW),
+            "swa_indices": padded(windows, WINDOW),
             "swa_lens": torch.tensor([len(slots) for slots in windows], dtype=torch.int32),
             "sink": self.sink,
             "softmax_scale": HEAD_DIM**-0.5,
@@ -190,10 +190,10 @@ class Batch:
                 self.compressed.slots(self.tokens[t][0], rows)
                 for t, rows in zip(tokens, chosen, strict=True)
             ]
-            arguments["extra_indices"] = _padded(slots, width)
+            arguments["extra_indices"] = padded(slots, width)
             arguments["extra_lens"] = torch.tensor([len(x) for x in slots], dtype=torch.int32)
             return arguments
-        arguments["extra_indices"] = _padded(chosen, width)
+        arguments["extra_indices"] = padded(chosen, width)
         arguments["extra_block_table"] = self.compressed.table
         arguments["request_ids"] = torch.tensor(
             [self.tokens[t][0] for t in tokens], dtype=torch.int32
@@ -220,7 +220,7 @@ class Batch:
         return torch.stack(outputs)
 
 
-def _padded(rows: list[torch.Tensor], width: int) -> torch.Tensor:
+def padded(rows: list[torch.Tensor], width: int) -> torch.Tensor:
     """int32 [T, width], -1 after each row's end."""
     out = torch.full((len(rows), width), -1, dtype=torch.int32)
     for line, row in zip(out, rows, strict=True):
@@ -292,7 +292,7 @@ def run_attention(
 
 
 def _table(outcomes: Sequence[Outcome]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("layer kind", "phase"):
         table.add_column(name)
     kernel, oracle = f"kernel\n<= {SPARSE_MLA.tolerance:.0e}", f"oracle\n<= {ORACLE_TOLERANCE:.0e}"

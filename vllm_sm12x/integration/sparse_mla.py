@@ -83,7 +83,7 @@ class WindowMetadataBuilder(DeepseekSparseSWAMetadataBuilder):
 
     def build(self, *args: Any, **kwargs: Any) -> WindowMetadata:
         metadata = WindowMetadata(**vars(super().build(*args, **kwargs)))
-        valid = metadata.is_valid_token
+        valid: Any = metadata.is_valid_token
         limits = self.candidate_limits[: valid.shape[0]]
         torch.mul(valid, NO_LIMIT, out=limits)
         metadata.candidate_limits = limits
@@ -135,7 +135,7 @@ class TritonMlaSparseAttention(DeepseekV4FlashMLAAttention):
         # vLLM decorates attention_impl as its module is imported. Where that happens before the
         # config turns breakable graphs on (offline LLM, engine in the same process), the decorator
         # does nothing, and PIECEWISE graphs keep the attention of the capture run, which is zero.
-        self.attention_impl = eager_break_during_capture(self.attention_impl)
+        self._breaking_attention_impl = eager_break_during_capture(super().attention_impl)
         self.policy = LaunchPolicy(
             head_block=knobs.get("VLLM_TRITON_MLA_SPARSE_HEAD_BLOCK_SIZE"),
             topk_chunk=knobs.get("VLLM_TRITON_MLA_SPARSE_TOPK_CHUNK_SIZE"),
@@ -156,6 +156,10 @@ class TritonMlaSparseAttention(DeepseekV4FlashMLAAttention):
             )
         return num_heads
 
+    def attention_impl(self, *args: Any, **kwargs: Any) -> None:
+        """Everything of the layer that depends on metadata; outside PIECEWISE graphs."""
+        self._breaking_attention_impl(*args, **kwargs)
+
     def forward_mqa(
         self, q: torch.Tensor, kv: torch.Tensor, positions: torch.Tensor, output: torch.Tensor
     ) -> None:
@@ -164,7 +168,7 @@ class TritonMlaSparseAttention(DeepseekV4FlashMLAAttention):
         if metadata is None:
             output.zero_()
             return
-        window: WindowMetadata = metadata[self.swa_cache_layer.prefix]
+        window = metadata[self.swa_cache_layer.prefix]
         compressed = metadata.get(self.prefix)
         calls = []
         decodes = window.num_decode_tokens
@@ -186,13 +190,14 @@ class TritonMlaSparseAttention(DeepseekV4FlashMLAAttention):
             }
             for tokens, indices, lens in calls
         ]
-        if self.dump_path:
+        # Warm-up runs have no valid token, and are no request's.
+        if self.dump_path and window.is_valid_token.any():
             dump_and_abort(self.dump_path, self.prefix, self.compress_ratio, arguments)
         for call in arguments:
             sparse_mla(**call, policy=self.policy)
 
     def _compressed_candidates(
-        self, tokens: slice, window: WindowMetadata, compressed: Any
+        self, tokens: slice, window: Any, compressed: Any
     ) -> dict[str, torch.Tensor]:
         """The extra candidates of `tokens`, which are all of the decodes or all of the prefills."""
         if self.compress_ratio <= 1:
@@ -204,10 +209,9 @@ class TritonMlaSparseAttention(DeepseekV4FlashMLAAttention):
                 "extra_lens": compressed.c128a_decode_topk_lens,
             }
         # Positions within the request: top-k of the indexer (ratio 4), all of them (ratio 128).
+        top_k: Any = self.topk_indices_buffer
         positions = (
-            self.topk_indices_buffer[tokens]
-            if self.compress_ratio == 4
-            else compressed.c128a_prefill_topk_indices
+            top_k[tokens] if self.compress_ratio == 4 else compressed.c128a_prefill_topk_indices
         )
         return {
             "extra_cache": self.kv_cache,

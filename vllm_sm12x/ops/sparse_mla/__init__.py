@@ -65,48 +65,44 @@ def sparse_mla(
     """
     _check_query(q)
     tokens, heads, _ = q.shape
-    check_packed_cache("swa_cache", swa_cache)
-    swa_indices = _check_indices("swa_indices", swa_indices, tokens)
-    _check_vector("swa_lens", swa_lens, torch.int32, tokens)
-    _check_vector("sink", sink, torch.float32, heads)
-    has_extra = extra_cache is not None
-    if has_extra != (extra_indices is not None):
-        raise ValueError("extra_cache and extra_indices: give both or neither")
-    if has_extra:
-        check_packed_cache("extra_cache", extra_cache)
-        extra_indices = _check_indices("extra_indices", extra_indices, tokens)
-        _check_vector("extra_lens", extra_lens, torch.int32, tokens)
-    elif extra_lens is not None or extra_block_table is not None:
-        raise ValueError("extra_lens and extra_block_table need extra_cache and extra_indices")
+    swa_indices = _check_candidates("swa", swa_cache, swa_indices, swa_lens, tokens)
+    if extra_cache is not None and extra_indices is not None:
+        extra_indices = _check_candidates("extra", extra_cache, extra_indices, extra_lens, tokens)
+    elif any(t is not None for t in (extra_cache, extra_indices, extra_lens, extra_block_table)):
+        raise ValueError(
+            "extra_cache and extra_indices: give both or neither, and neither extra_lens nor "
+            "extra_block_table without them"
+        )
     if (extra_block_table is None) != (request_ids is None):
         raise ValueError("extra_block_table and request_ids: give both or neither")
     if extra_block_table is not None:
         _check_matrix("extra_block_table", extra_block_table, torch.int32)
-        _check_vector("request_ids", request_ids, torch.int32, tokens)
+    _check_vector("request_ids", request_ids, torch.int32, tokens)
+    _check_vector("sink", sink, torch.float32, heads)
     if out is not None:
         _check_output(out, q)
-    named = {
-        "swa_cache": swa_cache,
-        "swa_indices": swa_indices,
-        "swa_lens": swa_lens,
-        "extra_cache": extra_cache,
-        "extra_indices": extra_indices,
-        "extra_lens": extra_lens,
-        "extra_block_table": extra_block_table,
-        "request_ids": request_ids,
-        "sink": sink,
-        "out": out,
-    }
-    for name, tensor in named.items():
-        if tensor is not None and tensor.device != q.device:
-            raise ValueError(f"{name}: expected device {q.device} (that of q), got {tensor.device}")
+    _check_devices(
+        q.device,
+        swa_cache=swa_cache,
+        swa_indices=swa_indices,
+        swa_lens=swa_lens,
+        extra_cache=extra_cache,
+        extra_indices=extra_indices,
+        extra_lens=extra_lens,
+        extra_block_table=extra_block_table,
+        request_ids=request_ids,
+        sink=sink,
+        out=out,
+    )
     sms = _multiprocessors(q.device)
 
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty((tokens, heads), dtype=torch.float32) if return_lse else None
     if tokens:
-        candidates = swa_indices.shape[1] + (extra_indices.shape[1] if has_extra else 0)
+        candidates = swa_indices.shape[1]
+        if extra_indices is not None:
+            candidates += extra_indices.shape[1]
         plan = choose(tokens, heads, candidates, sms=sms, policy=policy or LaunchPolicy())
         step = tokens if plan.num_splits > 1 else plan.tokens_per_launch
         for start in range(0, tokens, step):
@@ -114,11 +110,11 @@ def sparse_mla(
             _launch(
                 plan.config,
                 plan.num_splits,
-                softmax_scale,
-                sink,
-                swa_cache,
-                extra_cache,
-                extra_block_table,
+                softmax_scale=softmax_scale,
+                sink=sink,
+                swa_cache=swa_cache,
+                extra_cache=extra_cache,
+                table=extra_block_table,
                 q=q[rows],
                 swa_indices=swa_indices[rows],
                 swa_lens=_rows(swa_lens, rows),
@@ -128,7 +124,7 @@ def sparse_mla(
                 out=out[rows],
                 lse=_rows(lse, rows),
             )
-    return (out, lse) if return_lse else out
+    return out if lse is None else (out, lse)
 
 
 def _rows(tensor: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
@@ -138,12 +134,12 @@ def _rows(tensor: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
 def _launch(
     config: LaunchConfig,
     num_splits: int,
+    *,
     softmax_scale: float,
     sink: torch.Tensor | None,
     swa_cache: torch.Tensor,
     extra_cache: torch.Tensor | None,
     table: torch.Tensor | None,
-    *,
     q: torch.Tensor,
     swa_indices: torch.Tensor,
     swa_lens: torch.Tensor | None,
@@ -154,26 +150,27 @@ def _launch(
     lse: torch.Tensor | None,
 ) -> None:
     tokens, heads, _ = q.shape
+    has_extra = extra_cache is not None and extra_indices is not None
+    if extra_cache is None or extra_indices is None:
+        extra_cache, extra_indices = swa_cache, swa_indices  # never read
     partial = num_splits > 1
+    target, target_lse = out, lse
     if partial:
         target = q.new_empty((tokens, num_splits, heads, HEAD_DIM), dtype=torch.float32)
         target_lse = q.new_empty((tokens, num_splits, heads), dtype=torch.float32)
-        out_strides = target.stride()[:3]
-        lse_strides = target_lse.stride()[:2]
-    else:
-        target, target_lse = out, lse
-        out_strides = (out.stride(0), 0, out.stride(1))
-        lse_strides = (0, 0) if lse is None else (lse.stride(0), 0)
-    has_extra = extra_cache is not None
-    head_blocks = triton.cdiv(heads, config.block_h)
+    # Strides of token and split; without splits there is one, and its stride is never used.
+    out_strides = (target.stride(0), target.stride(1) if partial else 0, target.stride(-2))
+    lse_strides = (0, 0)
+    if target_lse is not None:
+        lse_strides = (target_lse.stride(0), target_lse.stride(1) if partial else 0)
     with _on(q.device):
-        sparse_mla_kernel[(tokens * head_blocks, num_splits)](
+        sparse_mla_kernel[(tokens * triton.cdiv(heads, config.block_h), num_splits)](
             q,
             swa_cache,
             swa_indices,
             swa_lens,
-            extra_cache if has_extra else swa_cache,
-            extra_indices if has_extra else swa_indices,
+            extra_cache,
+            extra_indices,
             extra_lens,
             table,
             request_ids,
@@ -183,20 +180,20 @@ def _launch(
             softmax_scale,
             heads,
             swa_indices.shape[1],
-            extra_indices.shape[1] if has_extra else 0,
-            table.shape[1] if table is not None else 0,
+            extra_indices.shape[1],
+            0 if table is None else table.shape[1],
             q.stride(0),
             q.stride(1),
             swa_cache.stride(0),
             swa_indices.stride(0),
-            extra_cache.stride(0) if has_extra else 0,
-            extra_indices.stride(0) if has_extra else 0,
-            table.stride(0) if table is not None else 0,
+            extra_cache.stride(0),
+            extra_indices.stride(0),
+            0 if table is None else table.stride(0),
             *out_strides,
             *lse_strides,
             num_splits,
             SWA_BLOCK=swa_cache.shape[1],
-            EXTRA_BLOCK=extra_cache.shape[1] if has_extra else 1,
+            EXTRA_BLOCK=extra_cache.shape[1],
             HAS_SWA_LENS=swa_lens is not None,
             HAS_EXTRA=has_extra,
             HAS_EXTRA_LENS=extra_lens is not None,
@@ -272,14 +269,29 @@ def _check_output(out: torch.Tensor, q: torch.Tensor) -> None:
         raise ValueError(f"out: expected contiguous rows, got strides {tuple(out.stride())}")
 
 
-def _check_indices(name: str, indices: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Validate [T, W] or [T, 1, W] and return the [T, W] view."""
+def _check_candidates(
+    kind: str,
+    cache: torch.Tensor,
+    indices: torch.Tensor,
+    lens: torch.Tensor | None,
+    tokens: int,
+) -> torch.Tensor:
+    """Validate the cache, indices and lengths of one kind; return the [T, W] view of indices."""
+    check_packed_cache(f"{kind}_cache", cache)
+    name = f"{kind}_indices"
     if indices.dim() == 3 and indices.shape[1] == 1:
         indices = indices.squeeze(1)
     _check_matrix(name, indices, torch.int32)
     if indices.shape[0] != tokens:
         raise ValueError(f"{name}: expected {tokens} rows (those of q), got {indices.shape[0]}")
+    _check_vector(f"{kind}_lens", lens, torch.int32, tokens)
     return indices
+
+
+def _check_devices(device: torch.device, **tensors: torch.Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name}: expected device {device} (that of q), got {tensor.device}")
 
 
 def _check_matrix(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:

@@ -42,7 +42,7 @@ class LaunchPlan:
 # Tiles that fit sm_120 / sm_121 (101,376 B shared memory, 255 registers) without spills when they
 # read the packed rows directly. Measured ahead of time for both (tests/compile).
 CONFIGS = {
-    1: LaunchConfig(block_h=16, block_n=16, num_warps=4),  # 33 KiB: 2 to 3 programs on an SM
+    1: LaunchConfig(block_h=16, block_n=16, num_warps=4),  # 33 KiB: 2 programs on an SM
     2: LaunchConfig(block_h=32, block_n=16, num_warps=8),  # 50 KiB: 2 programs on an SM
     4: LaunchConfig(block_h=64, block_n=16, num_warps=8),  # 84 KiB: one dequantisation, 64 heads
 }

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention layer on vLLM's own metadata, against dense attention over unpaged rows."""
+
+import json
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_sm12x.demo.attention import PHASES, SWA_BLOCK, WINDOW, Batch, padded
+from vllm_sm12x.ops.specs import SPARSE_MLA
+
+pytestmark = pytest.mark.contract
+
+PADDING = 2  # tokens that a CUDA graph adds to a batch of decodes
+GARBAGE = 2**31 - 1
+
+
+@pytest.fixture(scope="module")
+def layer_module():
+    pytest.importorskip("vllm", reason="the layer is a subclass of vLLM's")
+    from vllm_sm12x.integration import sparse_mla
+
+    return sparse_mla
+
+
+def layer_and_metadata(
+    module: Any, batch: Batch, *, padding: int = 0, dump_path: str | None = None
+):
+    """A layer without its projections, and the metadata that vLLM's builders make of `batch`."""
+    tokens = len(batch.tokens)
+    decodes = batch.num_decode_tokens
+    request_ids = torch.tensor([i for i, _ in batch.tokens] + [0] * padding, dtype=torch.int32)
+    valid = torch.arange(tokens + padding) < tokens
+    windows = [
+        batch.window.slots(i, torch.arange(max(0, position - WINDOW + 1), position + 1))
+        for i, position in batch.tokens
+    ]
+    indices = torch.cat([padded(windows, WINDOW), torch.full((padding, WINDOW), GARBAGE)]).int()
+    lens = torch.tensor([len(slots) for slots in windows] + [0] * padding, dtype=torch.int32)
+    split = decodes + padding
+    window = module.WindowMetadata(
+        block_table=batch.window.table,
+        slot_mapping=torch.where(valid, 0, -1),
+        block_size=SWA_BLOCK,
+        is_valid_token=valid,
+        token_to_req_indices=request_ids,
+        decode_swa_indices=indices[:split].unsqueeze(1),
+        decode_swa_lens=lens[:split],
+        prefill_swa_indices=indices[split:].unsqueeze(1),
+        prefill_swa_lens=lens[split:],
+        num_decodes=len(batch.requests),
+        num_decode_tokens=split,
+        num_prefills=int(tokens > decodes),
+        num_prefill_tokens=tokens - decodes,
+        candidate_limits=valid.int() * GARBAGE,
+    )
+    layer = module.TritonMlaSparseAttention.__new__(module.TritonMlaSparseAttention)
+    torch.nn.Module.__init__(layer)
+    layer.prefix, layer.compress_ratio = "layer", max(1, batch.ratio)
+    layer.swa_cache_layer = SimpleNamespace(prefix="layer.swa_cache", kv_cache=batch.window.cache)
+    layer.attn_sink = torch.nn.Parameter(batch.sink, requires_grad=False)
+    layer.scale, layer.policy, layer.dump_path = 512**-0.5, module.LaunchPolicy(), dump_path
+    metadata: dict[str, Any] = {"layer.swa_cache": window}
+    if batch.compressed is not None:
+        layer.kv_cache = batch.compressed.cache
+        width = max(512 if batch.ratio == 4 else 128, *map(len, batch.chosen))
+        positions = torch.cat([padded(batch.chosen, width), torch.full((padding, width), GARBAGE)])
+        slots = [
+            batch.compressed.slots(i, rows)
+            for (i, _), rows in zip(batch.tokens, batch.chosen, strict=True)
+        ]
+        counts = torch.tensor([len(rows) for rows in slots] + [0] * padding, dtype=torch.int32)
+        slots = torch.cat([padded(slots, width), torch.full((padding, width), GARBAGE)]).int()
+        layer.topk_indices_buffer = positions.int()
+        metadata["layer"] = SimpleNamespace(
+            block_table=batch.compressed.table,
+            c128a_global_decode_topk_indices=slots[:split].unsqueeze(1),
+            c128a_decode_topk_lens=counts[:split],
+            c128a_prefill_topk_indices=positions[split:].int(),
+        )
+    return layer, metadata
+
+
+def forward(module: Any, monkeypatch, batch: Batch, **options: Any) -> torch.Tensor:
+    layer, metadata = layer_and_metadata(module, batch, **options)
+    monkeypatch.setattr(module, "current_metadata", lambda: metadata)
+    padding = options.get("padding", 0)
+    q = torch.cat([batch.q, torch.full((padding, *batch.q.shape[1:]), math.nan)]).bfloat16()
+    output = torch.full_like(q, math.nan)
+    layer.forward_mqa(q, torch.empty(0), torch.empty(0), output)
+    return output
+
+
+@pytest.mark.parametrize("ratio", [0, 4, 128])
+@pytest.mark.parametrize("phase", PHASES, ids=lambda phase: phase.name)
+def test_layer_is_dense_attention(layer_module, monkeypatch, ratio, phase):
+    batch = Batch(ratio, phase)
+    want = batch.dense()
+    got = forward(layer_module, monkeypatch, batch).double()
+    assert (got - want).norm() / want.norm() <= SPARSE_MLA.tolerance
+
+
+@pytest.mark.parametrize("ratio", [0, 4, 128])
+def test_padded_decodes_read_nothing_and_change_nothing(layer_module, monkeypatch, ratio):
+    batch = Batch(ratio, PHASES[1])
+    plain = forward(layer_module, monkeypatch, batch)
+    padded = forward(layer_module, monkeypatch, batch, padding=PADDING)
+    torch.testing.assert_close(padded[:-PADDING], plain, rtol=2e-2, atol=1e-2)
+
+
+def test_profile_run_gives_zeros(layer_module, monkeypatch):
+    layer, _ = layer_and_metadata(layer_module, Batch(0, PHASES[1]))
+    monkeypatch.setattr(layer_module, "current_metadata", lambda: None)
+    output = torch.full((4, 64, 512), math.nan, dtype=torch.bfloat16)
+    layer.forward_mqa(torch.empty_like(output), torch.empty(0), torch.empty(0), output)
+    assert (output == 0).all()
+
+
+def test_dump_describes_a_request_and_aborts(layer_module, monkeypatch, tmp_path):
+    from vllm_sm12x.integration.dump import DumpedAndAborted
+
+    path = tmp_path / "dump.jsonl"
+    batch = Batch(4, PHASES[2])
+    with pytest.raises(DumpedAndAborted, match=f"(?s)written to {path}.*ending the engine"):
+        forward(layer_module, monkeypatch, batch, dump_path=str(path))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {line["call"] for line in lines} == {0, 1}, "decodes and prefills"
+    first = {line["tensor"]: line for line in lines if line["call"] == 0}
+    assert first["q"]["shape"] == [4, 64, 512] and first["q"]["dtype"] == "bfloat16"
+    assert first["swa_cache"]["strides"] == list(batch.window.cache.stride())
+    assert first["swa_lens"]["max"] == WINDOW
+    assert first["extra_indices"]["max"] == max(int(rows.max()) for rows in batch.chosen[:4])
+
+
+def test_warm_up_is_no_request(layer_module, monkeypatch, tmp_path):
+    """vLLM warms the layer up with tokens that are all padding; a dump then would end the start."""
+    path = tmp_path / "dump.jsonl"
+    batch = Batch(0, PHASES[1])
+    layer, metadata = layer_and_metadata(layer_module, batch, dump_path=str(path))
+    window = metadata["layer.swa_cache"]
+    window.is_valid_token = torch.zeros_like(window.is_valid_token)
+    monkeypatch.setattr(layer_module, "current_metadata", lambda: metadata)
+    layer.forward_mqa(batch.q, torch.empty(0), torch.empty(0), torch.empty_like(batch.q))
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("heads", [0, 129])
+def test_head_counts_beyond_the_kernel_are_refused(layer_module, heads):
+    with pytest.raises(ValueError, match=f"1 to 128 query heads on a rank, got {heads}"):
+        layer_module.TritonMlaSparseAttention.getpadded_num_q_heads(heads)
