@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from timing import interleaved
 
-from vllm_sm12x.ops.specs import SPARSE_MLA
+from vllm_sm12x.ops.sparse_mla.spec import SPARSE_MLA
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -23,7 +23,7 @@ from triton.runtime.jit import JITFunction
 
 from vllm_sm12x.ops import sparse_mla as sparse_mla_op
 from vllm_sm12x.ops.sparse_mla.config import LaunchPolicy
-from vllm_sm12x.ops.specs import SparseMlaShape, sparse_mla_inputs
+from vllm_sm12x.ops.sparse_mla.spec import SparseMlaShape, sparse_mla_inputs
 
 # By import_module: the package's attribute of that name is the function.
 sparse_mla_module = importlib.import_module("vllm_sm12x.ops.sparse_mla")

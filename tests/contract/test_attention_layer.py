@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vllm_sm12x.demo.attention import PHASES, SWA_BLOCK, WINDOW, Batch, padded
-from vllm_sm12x.ops.specs import SPARSE_MLA
+from vllm_sm12x.ops.sparse_mla.spec import SPARSE_MLA
 
 pytestmark = pytest.mark.contract
 
@@ -62,6 +62,7 @@ def layer_and_metadata(
     layer.prefix, layer.compress_ratio = "layer", max(1, batch.ratio)
     layer.swa_cache_layer = SimpleNamespace(prefix="layer.swa_cache", kv_cache=batch.window.cache)
     layer.attn_sink = torch.nn.Parameter(batch.sink, requires_grad=False)
+    layer.n_local_heads = len(batch.sink)
     layer.scale, layer.policy, layer.dump_path = 512**-0.5, module.LaunchPolicy(), dump_path
     metadata: dict[str, Any] = {"layer.swa_cache": window}
     if batch.compressed is not None:
@@ -147,7 +148,27 @@ def test_warm_up_is_no_request(layer_module, monkeypatch, tmp_path):
     assert not path.exists()
 
 
+@pytest.mark.parametrize("heads, padded", [(1, 8), (4, 8), (8, 8), (9, 16), (64, 64), (65, 128)])
+def test_buffers_have_a_head_count_of_vllms_insert_op(layer_module, heads, padded):
+    """vLLM's C++ op that inserts rows and pads queries is compiled for 8, 16, 32, 64 and 128."""
+    assert layer_module.TritonMlaSparseAttention.get_padded_num_q_heads(heads) == padded
+
+
+def test_heads_that_pad_the_buffers_are_left_alone(layer_module, monkeypatch):
+    batch = Batch(4, PHASES[1])
+    want = batch.dense()[:, :5]
+    layer, metadata = layer_and_metadata(layer_module, batch)
+    layer.n_local_heads = 5
+    monkeypatch.setattr(layer_module, "current_metadata", lambda: metadata)
+    q = batch.q[:, :8].clone()
+    q[:, 5:] = math.nan
+    output = torch.full_like(q, math.nan)
+    layer.forward_mqa(q, torch.empty(0), torch.empty(0), output)
+    assert (output[:, :5].double() - want).norm() / want.norm() <= SPARSE_MLA.tolerance
+    assert output[:, 5:].isnan().all()
+
+
 @pytest.mark.parametrize("heads", [0, 129])
 def test_head_counts_beyond_the_kernel_are_refused(layer_module, heads):
     with pytest.raises(ValueError, match=f"1 to 128 query heads on a rank, got {heads}"):
-        layer_module.TritonMlaSparseAttention.getpadded_num_q_heads(heads)
+        layer_module.TritonMlaSparseAttention.get_padded_num_q_heads(heads)

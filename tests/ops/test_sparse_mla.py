@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from vllm_sm12x.ops import pack_fp8_ds_mla, sparse_mla
 from vllm_sm12x.ops.sparse_mla.config import LaunchPolicy
 from vllm_sm12x.ops.sparse_mla.reference import sparse_mla_reference
-from vllm_sm12x.ops.specs import SPARSE_MLA, SparseMlaShape, sparse_mla_inputs
+from vllm_sm12x.ops.sparse_mla.spec import SPARSE_MLA, SparseMlaShape, sparse_mla_inputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

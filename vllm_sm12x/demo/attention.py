@@ -23,7 +23,7 @@ from rich.table import Table
 
 from vllm_sm12x.ops import pack_fp8_ds_mla, sparse_mla, unpack_fp8_ds_mla
 from vllm_sm12x.ops.sparse_mla.reference import sparse_mla_reference
-from vllm_sm12x.ops.specs import SPARSE_MLA
+from vllm_sm12x.ops.sparse_mla.spec import SPARSE_MLA
 from vllm_sm12x.tiny_checkpoint.config import CONFIG
 
 HEADS, HEAD_DIM = CONFIG["num_attention_heads"], CONFIG["head_dim"]

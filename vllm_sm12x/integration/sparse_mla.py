@@ -15,7 +15,6 @@ from vllm_sm12x import knobs
 from vllm_sm12x.integration import selection
 from vllm_sm12x.integration.dump import dump_and_abort
 from vllm_sm12x.ops import sparse_mla
-from vllm_sm12x.ops.sparse_mla import MAX_HEADS
 from vllm_sm12x.ops.sparse_mla.config import LaunchPolicy
 from vllm_sm12x.vllm_api.sparse_mla import (
     BUILDER_GIVES_PREFILL_SLOTS,
@@ -30,6 +29,8 @@ from vllm_sm12x.vllm_api.sparse_mla import (
     window_slots,
 )
 
+# The instantiations of fused_deepseek_v4_qnorm_rope_kv_rope_quant_insert in every vLLM so far.
+INSERT_OP_HEADS = (8, 16, 32, 64, 128)
 NO_LIMIT = torch.iinfo(torch.int32).max
 
 
@@ -149,12 +150,14 @@ class TritonMlaSparseAttention(DeepseekV4FlashMLAAttention):
 
     @classmethod
     def get_padded_num_q_heads(cls, num_heads: int) -> int:
-        """No padding: the kernel takes any head count up to 128."""
-        if not 1 <= num_heads <= MAX_HEADS:
-            raise ValueError(
-                f"{selection.NAME} takes 1 to {MAX_HEADS} query heads on a rank, got {num_heads}."
-            )
-        return num_heads
+        """The buffers' head count: vLLM's cache-insert op, not our kernel, needs one of these."""
+        for padded in INSERT_OP_HEADS:
+            if 1 <= num_heads <= padded:
+                return padded
+        raise ValueError(
+            f"{selection.NAME} takes 1 to {INSERT_OP_HEADS[-1]} query heads on a rank, "
+            f"got {num_heads}."
+        )
 
     def attention_impl(self, *args: Any, **kwargs: Any) -> None:
         """Everything of the layer that depends on metadata; outside PIECEWISE graphs."""
@@ -163,7 +166,7 @@ class TritonMlaSparseAttention(DeepseekV4FlashMLAAttention):
     def forward_mqa(
         self, q: torch.Tensor, kv: torch.Tensor, positions: torch.Tensor, output: torch.Tensor
     ) -> None:
-        """Attend; q and output are bf16 [tokens, heads, 512], kv is read from the caches."""
+        """Attend; q and output are bf16 [tokens, padded heads, 512], kv is read from the caches."""
         metadata = current_metadata()
         if metadata is None:
             output.zero_()
@@ -177,16 +180,17 @@ class TritonMlaSparseAttention(DeepseekV4FlashMLAAttention):
         if window.num_prefills:
             prefill = slice(decodes, decodes + window.num_prefill_tokens)
             calls.append((prefill, window.prefill_swa_indices, window.prefill_swa_lens))
+        heads = slice(0, self.n_local_heads)
         arguments = [
             {
-                "q": q[tokens],
+                "q": q[tokens, heads],
                 "swa_cache": self.swa_cache_layer.kv_cache,
                 "swa_indices": indices,
                 "swa_lens": lens,
                 **self._compressed_candidates(tokens, window, compressed),
-                "sink": self.attn_sink,
+                "sink": self.attn_sink[heads],
                 "softmax_scale": self.scale,
-                "out": output[tokens],
+                "out": output[tokens, heads],
             }
             for tokens, indices, lens in calls
         ]
