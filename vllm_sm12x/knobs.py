@@ -135,9 +135,9 @@ KNOBS: tuple[Knob, ...] = (
         default_text="0",
         allowed="0 or 1",
         parse=_switch,
-        help="1: the first attention call writes its tensors' metadata (shapes, dtypes, strides, "
-        "lengths, value ranges) as JSON lines and aborts. vLLM cannot end one request without "
-        "ending the engine, so **the engine stops**. Implies eager execution.",
+        help="1: a request's first attention call writes its tensors' metadata (shapes, dtypes, "
+        "strides, lengths, value ranges) as JSON lines and aborts. vLLM cannot end one request "
+        "without ending the engine, so **the engine stops**. Implies eager execution.",
     ),
     Knob(
         name="VLLM_TRITON_MLA_SPARSE_DUMP_PATH",
