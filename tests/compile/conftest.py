@@ -42,19 +42,19 @@ def compiled(request: pytest.FixtureRequest) -> Iterator[Callable[[Case], list[C
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    table: dict[tuple[str, int, str], list[Compiled]] = {}
+    table: dict[tuple[str, str, str], list[Compiled]] = {}
     for case, launches in config.stash.get(_measured, {}).items():
-        for launch in () if case.page_bytes_off else launches:
-            key = (launch.kernel, 16 * case.head_block, f"sm_{case.arch}")
+        for launch in () if case.tile is None else launches:
+            key = (launch.kernel, case.tile, f"sm_{case.arch}")
             table.setdefault(key, []).append(launch)
     if not table:
         return
     terminalreporter.section("compiled for SM12x: the largest of each kernel's variants")
-    row = "{:<26}{:>6}{:>8}{:>10}{:>11}{:>10}{:>8}".format
-    header = ("kernel", "heads", "arch", "variants", "registers", "shared B", "stack B")
+    row = "{:<26}{:>12}{:>8}{:>10}{:>11}{:>10}{:>8}".format
+    header = ("kernel", "tile", "arch", "variants", "registers", "shared B", "stack B")
     terminalreporter.write_line(row(*header))
     for key, launches in sorted(table.items()):
         sizes = [(launch.registers, launch.shared, launch.stack) for launch in launches]
         largest = [max(column) for column in zip(*sizes, strict=True)]
-        kernel, heads, arch = key
-        terminalreporter.write_line(row(kernel, heads, arch, len(launches), *largest))
+        kernel, tile, arch = key
+        terminalreporter.write_line(row(kernel, tile, arch, len(launches), *largest))

@@ -8,54 +8,39 @@ measured here is what a real launch would compile, by construction.
 Needs a process without TRITON_INTERPRET: Triton reads it when a kernel is decorated.
 """
 
-import importlib
 import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from vllm_sm12x.ops import sparse_mla as sparse_mla_op
-from vllm_sm12x.ops.sparse_mla.config import LaunchPolicy
-from vllm_sm12x.ops.sparse_mla.spec import SparseMlaShape, sparse_mla_inputs
-
-# By import_module: the package's attribute of that name is the function.
-sparse_mla_module = importlib.import_module("vllm_sm12x.ops.sparse_mla")
-
+SMS = 188  # an RTX PRO 6000's
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call of sparse_mla whose launches are compiled.
+    """One call of an op whose launches are compiled; a subclass adds the axes of its op.
 
     Attributes:
         arch: 120 or 121.
-        head_block: key of CONFIGS.
-        split: whether the candidates are split, so that the merge kernel runs too.
-        page_bytes_off: added to the page stride; anything that is not a multiple of 16 is a page
-            that vLLM would not allocate.
     """
 
     arch: int
-    head_block: int
-    split: bool
-    extra_block: int = 0
-    table: bool = False
-    sink: bool = True
-    lse: bool = False
-    page_bytes_off: int = 0
 
-    def __str__(self) -> str:
-        extra = f"extra{self.extra_block}" if self.extra_block else "swa"
-        flags = [name for name in ("table", "sink", "lse", "split") if getattr(self, name)]
-        return "-".join([f"sm_{self.arch}", f"{16 * self.head_block}heads", extra, *flags])
+    @property
+    def tile(self) -> str | None:
+        """What the summary groups the launches by; None leaves them out."""
+        raise NotImplementedError
+
+    def call(self) -> None:
+        """Call the op with CPU tensors, as on a GPU with `SMS` multiprocessors."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -65,6 +50,7 @@ class Compiled:
     Attributes:
         stack, local: both 0 when no register is spilled.
         loads: bits of one thread's global load -> how many such instructions, from the PTX.
+        copies: the same of asynchronous copies to shared memory.
         mma: tensor-core instructions by name, from the PTX.
     """
 
@@ -74,6 +60,7 @@ class Compiled:
     stack: int
     local: int
     loads: dict[int, int]
+    copies: dict[int, int]
     mma: dict[str, int]
 
 
@@ -95,49 +82,19 @@ class _AbsentGpu:
 
 def compile_case(case: Case) -> list[Compiled]:
     """Compile every launch of `case`, in launch order."""
-    inputs = sparse_mla_inputs(
-        SparseMlaShape(
-            tokens=2,
-            extra=512 if case.extra_block else 0,
-            extra_block=case.extra_block or 64,
-            table=case.table,
-            sink=case.sink,
-            rows=128,
-        ),
-        device="cpu",
-    )
-    if case.page_bytes_off:
-        for name in ("swa_cache", "extra_cache"):
-            if name in inputs:
-                inputs[name] = _with_page_stride(inputs[name], case.page_bytes_off)
-    # One 16-candidate tile at a time leaves nothing to split.
-    policy = LaunchPolicy(head_block=case.head_block, topk_chunk=512 if case.split else 16)
-    launches = _launches(case.arch, inputs, policy, case.lse)
-    return [_inspect(name, kernel) for name, kernel in launches]
-
-
-def _launches(arch: int, inputs: dict, policy: LaunchPolicy, lse: bool) -> list:
     launches = []
     run = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         launches.append((self.__name__, run(self, *args, grid=grid, warmup=True, **kwargs)))
 
-    driver.set_active(_AbsentGpu(arch))
+    driver.set_active(_AbsentGpu(case.arch))
     JITFunction.run = compile_only
-    sparse_mla_module._multiprocessors = lambda device: 188  # an RTX PRO 6000's
     try:
-        sparse_mla_op(**inputs, policy=policy, return_lse=lse)
+        case.call()
     finally:
         JITFunction.run = run
-    return launches
-
-
-def _with_page_stride(cache: torch.Tensor, off: int) -> torch.Tensor:
-    blocks, block_size, width = cache.shape
-    stride = cache.stride(0) + off
-    storage = torch.zeros(blocks * stride, dtype=torch.uint8)
-    return storage.as_strided((blocks, block_size, width), (stride, width, 1))
+    return [_inspect(name, kernel) for name, kernel in launches]
 
 
 def _inspect(name: str, kernel) -> Compiled:
@@ -147,11 +104,23 @@ def _inspect(name: str, kernel) -> Compiled:
     for vector, bits in re.findall(r"ld\.global[\w.:]*?(?:\.v(\d))?\.[busf](\d+)\b", ptx):
         width = int(vector or 1) * int(bits)
         loads[width] = loads.get(width, 0) + 1
+    copies: dict[int, int] = {}
+    for size in re.findall(
+        r"cp\.async\.c[ag]\.shared\.global[\w.:]* \[[^]]*\], \[[^]]*\], 0x(\w+)", ptx
+    ):
+        copies[8 * int(size, 16)] = copies.get(8 * int(size, 16), 0) + 1
     mma: dict[str, int] = {}
     for instruction in re.findall(r"\b(?:mma|wgmma|tcgen05)[\w.:]*", ptx):
         mma[instruction] = mma.get(instruction, 0) + 1
     return Compiled(
-        name, kernel.metadata.shared, usage["REG"], usage["STACK"], usage["LOCAL"], loads, mma
+        name,
+        kernel.metadata.shared,
+        usage["REG"],
+        usage["STACK"],
+        usage["LOCAL"],
+        loads,
+        copies,
+        mma,
     )
 
 

@@ -1,21 +1,85 @@
 # SPDX-License-Identifier: Apache-2.0
 """What sparse_mla compiles to on sm_120 and sm_121, in every variant that the backend launches."""
 
-from dataclasses import replace
+import importlib
+from dataclasses import dataclass, replace
 
 import pytest
-from cross_compile import Case, Compiled
+import torch
+from cross_compile import SMS, Case, Compiled
 
 from vllm_sm12x.device import SM12X_SHARED_MEMORY_BYTES
-from vllm_sm12x.ops.sparse_mla.config import CONFIGS
+from vllm_sm12x.ops import sparse_mla
+from vllm_sm12x.ops.sparse_mla.config import CONFIGS, LaunchPolicy
+from vllm_sm12x.ops.sparse_mla.spec import SparseMlaShape, sparse_mla_inputs
+
+# By import_module: the package's attribute of that name is the function.
+sparse_mla_module = importlib.import_module("vllm_sm12x.ops.sparse_mla")
 
 BF16_MMA = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
 # Scale bytes and the like; with byte loads of the rows there are some 200.
 NARROW_LOADS = 8
 
 
-def variants(arch: int, head_block: int, split: bool) -> list[Case]:
-    swa = Case(arch, head_block, split)
+@dataclass(frozen=True)
+class SparseMlaCase(Case):
+    """One call of sparse_mla whose launches are compiled.
+
+    Attributes:
+        head_block: key of CONFIGS.
+        split: whether the candidates are split, so that the merge kernel runs too.
+        page_bytes_off: added to the page stride; anything that is not a multiple of 16 is a page
+            that vLLM would not allocate.
+    """
+
+    head_block: int
+    split: bool
+    extra_block: int = 0
+    table: bool = False
+    sink: bool = True
+    lse: bool = False
+    page_bytes_off: int = 0
+
+    def __str__(self) -> str:
+        extra = f"extra{self.extra_block}" if self.extra_block else "swa"
+        flags = [name for name in ("table", "sink", "lse", "split") if getattr(self, name)]
+        return "-".join([f"sm_{self.arch}", f"{16 * self.head_block}heads", extra, *flags])
+
+    @property
+    def tile(self) -> str | None:
+        return None if self.page_bytes_off else f"{16 * self.head_block} heads"
+
+    def call(self) -> None:
+        inputs = sparse_mla_inputs(
+            SparseMlaShape(
+                tokens=2,
+                extra=512 if self.extra_block else 0,
+                extra_block=self.extra_block or 64,
+                table=self.table,
+                sink=self.sink,
+                rows=128,
+            ),
+            device="cpu",
+        )
+        if self.page_bytes_off:
+            for name in ("swa_cache", "extra_cache"):
+                if name in inputs:
+                    inputs[name] = with_page_stride(inputs[name], self.page_bytes_off)
+        # One 16-candidate tile at a time leaves nothing to split.
+        policy = LaunchPolicy(head_block=self.head_block, topk_chunk=512 if self.split else 16)
+        sparse_mla_module.multiprocessors = lambda name, device: SMS
+        sparse_mla(**inputs, policy=policy, return_lse=self.lse)
+
+
+def with_page_stride(cache: torch.Tensor, off: int) -> torch.Tensor:
+    blocks, block_size, width = cache.shape
+    stride = cache.stride(0) + off
+    storage = torch.zeros(blocks * stride, dtype=torch.uint8)
+    return storage.as_strided((blocks, block_size, width), (stride, width, 1))
+
+
+def variants(arch: int, head_block: int, split: bool) -> list[SparseMlaCase]:
+    swa = SparseMlaCase(arch, head_block, split)
     c4a, c128a = replace(swa, extra_block=64), replace(swa, extra_block=2)
     layers = [swa, c4a, replace(c4a, table=True), c128a, replace(c128a, table=True)]
     with_lse = [replace(c4a, lse=True), replace(c4a, lse=True, sink=False)]
@@ -51,6 +115,6 @@ def test_fits_sm12x(case, compiled):
 @pytest.mark.parametrize("arch", [120, 121])
 def test_the_gate_sees_a_page_stride_that_breaks_wide_loads(arch, compiled):
     """2 bytes more a page, and Triton can no longer prove 16-byte alignment."""
-    attention, *_ = compiled(Case(arch, 4, False, extra_block=64, page_bytes_off=2))
+    attention, *_ = compiled(SparseMlaCase(arch, 4, False, extra_block=64, page_bytes_off=2))
     assert narrow_loads(attention) > 10 * NARROW_LOADS
     assert attention.stack > 0, "this many loads in flight used to spill"

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sparse MLA attention over the packed fp8_ds_mla cache, for DeepSeek V4 (README.md)."""
 
-import contextlib
-import functools
-
 import torch
 import triton
 import triton.language as tl
 
 from vllm_sm12x.ops.fp8_ds_mla import HEAD_DIM, check_packed_cache
+from vllm_sm12x.ops.launch import dot_dtype, multiprocessors, on_device
 from vllm_sm12x.ops.sparse_mla.config import LaunchConfig, LaunchPolicy, choose
 from vllm_sm12x.ops.sparse_mla.kernel import sparse_mla_kernel, sparse_mla_merge_kernel
 
@@ -94,7 +92,7 @@ def sparse_mla(
         sink=sink,
         out=out,
     )
-    sms = _multiprocessors(q.device)
+    sms = multiprocessors("q", q.device)
 
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -163,7 +161,7 @@ def _launch(
     lse_strides = (0, 0)
     if target_lse is not None:
         lse_strides = (target_lse.stride(0), target_lse.stride(1) if partial else 0)
-    with _on(q.device):
+    with on_device(q.device):
         sparse_mla_kernel[(tokens * triton.cdiv(heads, config.block_h), num_splits)](
             q,
             swa_cache,
@@ -203,7 +201,7 @@ def _launch(
             PARTIAL=partial,
             BLOCK_H=config.block_h,
             BLOCK_N=config.block_n,
-            DOT_DTYPE=_dot_dtype(),
+            DOT_DTYPE=dot_dtype(tl.bfloat16),
             num_warps=config.num_warps,
             num_stages=1,
         )
@@ -227,26 +225,6 @@ def _launch(
                 BLOCK_D=128,
                 num_warps=4,
             )
-
-
-def _dot_dtype() -> tl.dtype:
-    # The interpreter's dot on bf16 operands is wrong in Triton 3.6 to 3.8; fp32 holds them exactly.
-    return tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    if device.type == "cpu" and triton.knobs.runtime.interpret:
-        return 8
-    raise ValueError(
-        f"q: expected a CUDA device (or the CPU under TRITON_INTERPRET=1), got {device}"
-    )
 
 
 def _check_query(q: torch.Tensor) -> None:

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What fp8_einsum and hc_prenorm_gemm compile to on sm_120 and sm_121, in every configuration."""
+
+import importlib
+from dataclasses import dataclass
+from unittest import mock
+
+import pytest
+from cross_compile import SMS, Case, Compiled
+
+from vllm_sm12x.device import SM12X_SHARED_MEMORY_BYTES
+from vllm_sm12x.ops import fp8_einsum, hc_prenorm_gemm, launch
+from vllm_sm12x.ops.fp8_einsum.config import CONFIGS as EINSUM_CONFIGS
+from vllm_sm12x.ops.fp8_einsum.config import LaunchPlan
+from vllm_sm12x.ops.fp8_einsum.spec import Fp8EinsumShape, fp8_einsum_inputs
+from vllm_sm12x.ops.hc_prenorm_gemm.config import CONFIGS as PRENORM_CONFIGS
+from vllm_sm12x.ops.hc_prenorm_gemm.spec import HcPrenormGemmShape, hc_prenorm_gemm_inputs
+
+# By import_module: the package's attributes of these names are the functions.
+einsum_module = importlib.import_module("vllm_sm12x.ops.fp8_einsum")
+prenorm_module = importlib.import_module("vllm_sm12x.ops.hc_prenorm_gemm")
+
+E4M3_MMA = "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32"
+BF16_MMA = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+# Triton up to 3.7 has no e4m3 dot for sm_121 and converts to fp16, exactly.
+FP16_MMA = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+# With 1,024 B reserved for each, two such programs share the 102,400 B of an SM.
+HALF_AN_SM = 50_176
+
+
+@dataclass(frozen=True)
+class EinsumCase(Case):
+    """One call of fp8_einsum.
+
+    Attributes:
+        config: index into CONFIGS.
+        scales: form of the scales of a and of b.
+        transposed: a_scale with tokens contiguous.
+        split: whether R is split, so that the merge kernel runs too.
+        row_bytes_off: added to the row stride of b.
+    """
+
+    config: int
+    scales: str = "fp32"
+    transposed: bool = False
+    split: bool = False
+    row_bytes_off: int = 0
+
+    def __str__(self) -> str:
+        flags = [name for name in ("transposed", "split") if getattr(self, name)]
+        return "-".join([f"sm_{self.arch}", str(EINSUM_CONFIGS[self.config]), self.scales, *flags])
+
+    @property
+    def tile(self) -> str | None:
+        return None if self.row_bytes_off else str(EINSUM_CONFIGS[self.config])
+
+    def call(self) -> None:
+        shape = Fp8EinsumShape(
+            3,
+            groups=2,
+            cols=256,
+            depth=1024,
+            a_scale=self.scales,
+            b_scale=self.scales,
+            transposed=self.transposed,
+        )
+        inputs = fp8_einsum_inputs(shape, device="cpu")
+        if self.row_bytes_off:
+            wide = inputs["b"].new_empty(2, 256, 1024 + self.row_bytes_off)
+            inputs["b"] = wide[..., :1024]
+        plan = LaunchPlan(EINSUM_CONFIGS[self.config], 2 if self.split else 1, 8 >> self.split)
+        with (
+            mock.patch.object(launch, "multiprocessors", return_value=SMS),
+            mock.patch.object(einsum_module, "choose", return_value=plan),
+        ):
+            fp8_einsum(**inputs)
+
+
+@dataclass(frozen=True)
+class PrenormCase(Case):
+    """One call of hc_prenorm_gemm; `config` is an index into its CONFIGS."""
+
+    config: int
+    rows: int = 24
+    depth: int = 16384
+
+    def __str__(self) -> str:
+        return f"sm_{self.arch}-{self.tile}-K{self.depth}"
+
+    @property
+    def tile(self) -> str:
+        return f"{PRENORM_CONFIGS[self.config]} N{self.rows}"
+
+    def call(self) -> None:
+        config = PRENORM_CONFIGS[self.config]
+        shape = HcPrenormGemmShape(3, depth=self.depth, rows=self.rows)
+        with (
+            mock.patch.object(launch, "multiprocessors", return_value=SMS),
+            mock.patch.object(prenorm_module, "choose", return_value=config),
+        ):
+            hc_prenorm_gemm(**hc_prenorm_gemm_inputs(shape, device="cpu"))
+
+
+EINSUM_CASES = [
+    EinsumCase(arch, config, scales, transposed=scales == "e8m0", split=split)
+    for arch in (120, 121)
+    for config in range(len(EINSUM_CONFIGS))
+    for scales in ("fp32", "e8m0")
+    for split in (False, True)
+]
+PRENORM_CASES = [
+    PrenormCase(arch, config, rows)
+    for arch in (120, 121)
+    for config in range(len(PRENORM_CONFIGS))
+    for rows in (24, 64)
+]
+
+
+def check_fits(launched: Compiled) -> None:
+    assert launched.shared <= SM12X_SHARED_MEMORY_BYTES, f"{launched.shared} B of shared memory"
+    assert (launched.stack, launched.local) == (0, 0), "registers are spilled"
+
+
+@pytest.mark.parametrize("case", EINSUM_CASES, ids=str)
+def test_fp8_einsum_fits_sm12x(case, compiled):
+    product, *merge = compiled(case)
+    assert product.kernel == "fp8_einsum_kernel"
+    check_fits(product)
+    assert set(product.copies) == {128}, f"copies of values by bits: {product.copies}"
+    assert set(product.loads) == {32 if case.scales == "fp32" else 8}, "only scales by plain loads"
+    mma = set(product.mma)
+    assert mma == {E4M3_MMA} or (case.arch == 121 and mma == {FP16_MMA})
+    assert [launched.kernel for launched in merge] == ["fp8_einsum_merge_kernel"] * case.split
+    for launched in merge:
+        check_fits(launched)
+        assert set(launched.loads) == {128}
+
+
+@pytest.mark.parametrize("case", PRENORM_CASES, ids=str)
+def test_hc_prenorm_gemm_fits_sm12x(case, compiled):
+    (product,) = compiled(case)
+    check_fits(product)
+    assert product.shared <= HALF_AN_SM
+    assert set(product.copies) == {128} and not product.loads
+    assert set(product.mma) == {BF16_MMA}
+
+
+@pytest.mark.parametrize("arch", [120, 121])
+def test_the_gate_sees_a_stride_that_breaks_wide_copies(arch, compiled):
+    """8 bytes more a row of B, and Triton can no longer prove 16-byte alignment."""
+    (product,) = compiled(EinsumCase(arch, 0, row_bytes_off=8))
+    assert product.loads.get(8, 0) >= 16, f"loads by bits: {product.loads}"
