@@ -118,7 +118,7 @@ KNOBS: tuple[Knob, ...] = (
         allowed="an integer from 1 on",
         parse=_integer(1),
         help="Prefill is launched in whole multiples of this many query tokens, as many as fill "
-        "the GPU. It bounds a launch and its workspace.",
+        "the GPU. Nothing is gathered, so there is no workspace to bound.",
     ),
     Knob(
         name="VLLM_TRITON_MLA_SPARSE_HEAD_BLOCK_SIZE",

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_sm12x.ops import pack_fp8_ds_mla, sparse_mla
+from vllm_sm12x.ops import pack_fp8_ds_mla, sparse_mla, unpack_fp8_ds_mla
 from vllm_sm12x.ops.sparse_mla.config import LaunchPolicy
 from vllm_sm12x.ops.sparse_mla.reference import sparse_mla_reference
 from vllm_sm12x.ops.sparse_mla.spec import SPARSE_MLA, SparseMlaShape, sparse_mla_inputs
@@ -32,7 +32,7 @@ def check(inputs: dict, policy: LaunchPolicy | None = None) -> float:
     assert error <= SPARSE_MLA.tolerance, SPARSE_MLA.tolerance_reason
     assert torch.equal(lse.isinf(), want_lse.isinf())
     finite = want_lse.isfinite()
-    torch.testing.assert_close(lse[finite], want_lse[finite], atol=2e-2, rtol=0)
+    torch.testing.assert_close(lse[finite], want_lse[finite], atol=1e-3, rtol=0)
     assert (got[want_lse.isinf()] == 0).all()
     return error
 
@@ -134,7 +134,7 @@ def test_sink_takes_weight_from_the_candidates_only():
     check(inputs)
 
 
-def test_same_inputs_give_the_same_bits_whatever_shares_the_batch():
+def test_same_inputs_give_the_same_bits():
     inputs = sparse_mla_inputs(
         SparseMlaShape(4, heads=16, swa=50, extra=90, rows=200, lens="ragged"), device=DEVICE
     )
@@ -208,8 +208,6 @@ def test_error_is_no_worse_than_bf16_torch():
     rows = []
     for kind in ("swa", "extra"):
         cache, slots = inputs[f"{kind}_cache"], inputs[f"{kind}_indices"].long()
-        from vllm_sm12x.ops import unpack_fp8_ds_mla
-
         rows.append(unpack_fp8_ds_mla(cache).to(bf16).flatten(0, 1)[slots])
     rows = torch.cat(rows, 1)
     scores = torch.einsum("thd,twd->thw", inputs["q"], rows).float() * inputs["softmax_scale"]

@@ -29,7 +29,7 @@ from vllm_sm12x.vllm_api.sparse_mla import (
     window_slots,
 )
 
-# The instantiations of fused_deepseek_v4_qnorm_rope_kv_rope_quant_insert in every vLLM so far.
+# The instantiations of fused_deepseek_v4_qnorm_rope_kv_rope_quant_insert in vLLM 0.23 and 0.26.
 INSERT_OP_HEADS = (8, 16, 32, 64, 128)
 NO_LIMIT = torch.iinfo(torch.int32).max
 

@@ -74,8 +74,9 @@ def choose(
 def _head_block(tokens: int, heads: int, candidates: int, sms: int) -> int:
     """Small while the grid has room, as a small tile has less latency; 64 heads for throughput.
 
-    H200, 64 heads, best of all tiles and split counts: T=1 16 heads at any width; T=4 32 heads
-    from 640 candidates on; SWA alone (128) 16 heads up to T=16, 32 heads at T=64; else 64.
+    H200, 64 heads, each within 15% of the best tile and split count that was tried: T=1 16 heads
+    at any width; T=4 32 heads from 640 candidates on; the window alone (128) 16 heads up to T=16
+    and 32 heads at T=64; else 64.
     """
     groups = [g for g in CONFIGS if g == 1 or CONFIGS[g // 2].block_h < heads]
     if tokens == 1:
