@@ -57,6 +57,7 @@ class Handler(BaseHTTPRequestHandler):
             served, active = served + 1, active + 1
             most_active = max(most_active, active)
             fault = FAULT if served == FAULTY_REQUEST else ""
+        time.sleep(0.02)  # long enough for requests to overlap, however they are scheduled
         try:
             self.complete(body, fault)
         finally:
