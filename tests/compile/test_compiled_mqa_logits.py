@@ -123,4 +123,4 @@ def test_fits_sm12x(case, compiled):
 def test_the_gate_sees_a_page_stride_that_breaks_wide_loads(arch, compiled):
     """4 bytes more a page, and Triton can no longer prove 16-byte alignment."""
     (launch,) = compiled(PagedMqaLogitsCase(arch, 1, page_padding=4))
-    assert narrow_loads(launch) > 64
+    assert narrow_loads(launch) >= 64

@@ -16,6 +16,10 @@ from vllm_sm12x.ops.hc_prenorm_gemm.spec import (
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Where a GPU rounds to bf16 (2^-9 for each of two terms), the interpreter truncates (2^-7); the
+# other bit is the tensor core's, which truncates the sum of both products.
+TERMS = 2**-17 if DEVICE == "cuda" else 2**-14
+TOLERANCE = HC_PRENORM_GEMM.tolerance if DEVICE == "cuda" else TERMS
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +43,7 @@ def check(inputs: dict) -> None:
         assert not part.isnan().any(), "an output element was not written"
         error = ((part.sum(0) - want[0]).norm() / want.norm().clamp_min(1e-30)).item()
         print(f"relative error {error:.2e}")
-        assert error <= HC_PRENORM_GEMM.tolerance, HC_PRENORM_GEMM.tolerance_reason
+        assert error <= TOLERANCE, HC_PRENORM_GEMM.tolerance_reason
 
 
 @pytest.mark.parametrize("shape", HC_PRENORM_GEMM.small, ids=str)
@@ -59,7 +63,7 @@ def test_model_shapes(shape):
         HcPrenormGemmShape,
         tokens=st.integers(1, 70),
         depth=st.integers(1, 700),
-        rows=st.integers(1, 64),
+        rows=st.integers(1, 32),
         splits=st.integers(0, 14),
     ),
     seed=st.integers(0, 1000),
@@ -71,7 +75,7 @@ def test_any_shape_and_number_of_splits(shape, seed):
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
-def test_products_keep_the_bits_of_fn(tokens):
+def test_products_keep_two_bf16_terms_of_fn(tokens):
     """One term a sum, x a power of two: fn must come out, where a tf32 dot is 2^-11 off."""
     gen = torch.Generator(device=DEVICE).manual_seed(0)
     fn = torch.randn(24, 64, generator=gen, device=DEVICE) * 10.0 ** torch.randint(
@@ -82,26 +86,26 @@ def test_products_keep_the_bits_of_fn(tokens):
     x[column, column] = 2.0 ** (column % 7)
     out, sqrsum = hc_prenorm_gemm(x.to(torch.bfloat16), fn, num_splits=1)
     want = fn.T[:tokens] * x.amax(1, keepdim=True)
-    torch.testing.assert_close(out[0], want, rtol=2**-22, atol=0)
+    torch.testing.assert_close(out[0], want, rtol=TERMS, atol=0)
     assert torch.equal(sqrsum[0], x.amax(1).square())
 
 
-def test_error_against_fp64_is_that_of_fp32():
+def test_error_against_fp64_is_a_hundredth_of_tf32s():
     inputs = hc_prenorm_gemm_inputs(HcPrenormGemmShape(4, depth=4096), device=DEVICE)
     x, fn = inputs["x"].double(), inputs["fn"].double()
     out, sqrsum = hc_prenorm_gemm(**inputs)
     exact = x @ fn.T
     error = ((out.double().sum(0) - exact).norm() / exact.norm()).item()
     print(f"relative error {error:.2e}")
-    assert error <= 2e-6
+    assert error <= TERMS
     torch.testing.assert_close(sqrsum.double().sum(0), x.square().sum(1), rtol=1e-6, atol=0)
 
 
 def test_a_split_without_a_share_of_k_is_zero():
     inputs = hc_prenorm_gemm_inputs(HcPrenormGemmShape(3, depth=128, splits=9), device=DEVICE)
     out, sqrsum = hc_prenorm_gemm(**inputs)
-    assert (out[2:] == 0).all() and (sqrsum[2:] == 0).all()
-    assert out[:2].any() and sqrsum[:2].all()
+    assert (out[1:] == 0).all() and (sqrsum[1:] == 0).all()
+    assert out[0].any() and sqrsum[0].all()
 
 
 def test_strided_inputs():
@@ -138,10 +142,10 @@ def test_same_inputs_give_the_same_bits():
 
 @pytest.mark.parametrize(
     "tokens, depth, splits",
-    [(1, 16384, 64), (64, 16384, 64), (65, 16384, 64), (256, 16384, 47), (4096, 28672, 2)],
+    [(1, 16384, 128), (64, 16384, 128), (65, 4096, 32), (512, 16384, 94), (4096, 28672, 11)],
 )
-def test_splits_are_those_of_vllm(tokens, depth, splits):
-    """Worked by hand from vLLM's rule on 188 SMs: min(188 // ceil(T / 64), ceil(K / 64) // 4)."""
+def test_splits_fill_the_gpu_and_leave_no_empty_share(tokens, depth, splits):
+    """Worked by hand on 188 SMs: min(4 * 188 // ceil(T / tile), ceil(K / 64) // 2)."""
     assert splits_of(tokens, depth, sms=188) == splits
 
 
@@ -157,7 +161,7 @@ BAD = {
     "x rows": ({"x": lambda t: t.T.contiguous().T}, ValueError, "x: expected contiguous rows"),
     "fn dtype": ({"fn": lambda t: t.half()}, TypeError, "fn: expected dtype torch.float32"),
     "fn depth": ({"fn": lambda t: t[:, :99]}, ValueError, r"fn: expected \[N, 100\]"),
-    "fn rows": ({"fn": lambda t: t.repeat(3, 1)}, ValueError, "N from 1 to 64"),
+    "fn rows": ({"fn": lambda t: t.repeat(3, 1)}, ValueError, "N from 1 to 32"),
     "device": ({"fn": lambda t: t.to("meta")}, ValueError, "fn: expected device"),
     "splits": ({"num_splits": lambda _: 0}, ValueError, "num_splits: expected at least 1, got 0"),
 }

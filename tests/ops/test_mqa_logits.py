@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from index_scores import assert_scores, magnitudes
 
 from vllm_sm12x.ops import mqa_logits
 from vllm_sm12x.ops.mqa_logits import config
@@ -16,21 +17,12 @@ from vllm_sm12x.ops.mqa_logits.spec import MQA_LOGITS, MqaLogitsShape, mqa_logit
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def compare(got: torch.Tensor, want: torch.Tensor) -> None:
-    assert not got.isnan().any(), "an output element was not written"
-    assert torch.equal(got == -math.inf, want == -math.inf)
-    seen = want.isfinite()
-    error = (got[seen] - want[seen]).norm() / want[seen].norm().clamp_min(1e-30)
-    print(f"relative error {error.item():.2e}")
-    assert error <= MQA_LOGITS.tolerance, MQA_LOGITS.tolerance_reason
-
-
 def check(inputs: dict) -> torch.Tensor:
     """Run into NaN-poisoned output and compare with the oracle."""
     shape = (inputs["q"].shape[0], inputs["k"].shape[0])
     out = torch.full(shape, math.nan, device=DEVICE)
     assert mqa_logits(**inputs, out=out) is out
-    compare(out, mqa_logits_reference(**inputs))
+    assert_scores(out, mqa_logits_reference(**inputs), magnitudes(mqa_logits_reference, inputs))
     return out
 
 
@@ -102,6 +94,7 @@ def test_keys_outside_the_ranges_do_not_matter():
 def test_strided_arguments_and_output():
     inputs = mqa_logits_inputs(MqaLogitsShape(3, 50, heads=6), device=DEVICE)
     want = mqa_logits_reference(**inputs)
+    magnitude = magnitudes(mqa_logits_reference, inputs)
     for name, width in (("q", 160), ("k", 144), ("weights", 11)):
         tensor = inputs[name]
         wide = torch.zeros(*tensor.shape[:-1], width, device=DEVICE).to(tensor.dtype)
@@ -109,7 +102,7 @@ def test_strided_arguments_and_output():
         inputs[name] = wide[..., : tensor.shape[-1]]
     out = torch.full((3, 70), math.nan, device=DEVICE)
     mqa_logits(**inputs, out=out[:, 10:60])
-    compare(out[:, 10:60], want)
+    assert_scores(out[:, 10:60], want, magnitude)
     assert out[:, :10].isnan().all() and out[:, 60:].isnan().all(), "wrote past its columns"
 
 
@@ -117,14 +110,15 @@ def test_query_and_key_addresses_beyond_32_bits():
     """Rows whose element offsets do not fit 32 bits: int32 arithmetic would touch other memory."""
     inputs = mqa_logits_inputs(MqaLogitsShape(2, 3, heads=2, ranges="full"), device=DEVICE)
     want = mqa_logits_reference(**inputs)
+    magnitude = magnitudes(mqa_logits_reference, inputs)
     far = 2**31 + 64
     storage = torch.empty(far + 256, dtype=torch.uint8, device=DEVICE).view(torch.float8_e4m3fn)
     q = storage.as_strided((2, 2, 128), (far, 128, 1))
     q.copy_(inputs["q"])
-    compare(mqa_logits(**{**inputs, "q": q}), want)
+    assert_scores(mqa_logits(**{**inputs, "q": q}), want, magnitude)
     keys = storage.as_strided((3, 128), (far // 2, 1))
     keys.copy_(inputs["k"])
-    compare(mqa_logits(**{**inputs, "k": keys}), want)
+    assert_scores(mqa_logits(**{**inputs, "k": keys}), want, magnitude)
 
 
 BAD = {

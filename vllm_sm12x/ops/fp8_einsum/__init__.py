@@ -104,6 +104,9 @@ def _launch(
             B_E8M0=b_scale.dtype in _E8M0,
             BLOCK_T=config.block_t,
             BLOCK_D=config.block_d,
+            SCALES_FIRST=(
+                triton.next_power_of_2(plan.steps_per_split) if config.scales_first else 0
+            ),
             DOT_DTYPE=launch.dot_dtype(tl.float8e4nv),
             num_warps=config.num_warps,
             num_stages=config.num_stages,

@@ -3,8 +3,9 @@
 
 Design constraints, please keep them when editing:
 - One K step is one scale block, so a step's dot starts from zero and is scaled as a whole.
-- The scales of step i+1 are in flight while step i is multiplied: Triton pipelines only the loads
-  that feed a dot.
+- Triton pipelines only the loads that feed a dot. So the scales of a narrow tile, whose steps are
+  shorter than a load, are all loaded before the loop (SCALES_FIRST, the number of steps rounded up
+  to a power of two); those of a wide tile are one step ahead.
 - A tile's columns lie within one 128-column scale block, so B's scale is a scalar.
 """
 
@@ -58,6 +59,7 @@ def fp8_einsum_kernel(
     B_E8M0: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    SCALES_FIRST: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
 ):
     """One [BLOCK_T, BLOCK_D] tile of one group over one share of R.
@@ -88,21 +90,34 @@ def fp8_einsum_kernel(
 
     in_rows = t < tokens
     in_cols = d < cols
-    a_scale = tl.load(a_scale_ptrs, mask=in_rows & (first < last), other=0)
-    b_scale = tl.load(b_scale_ptr, mask=first < last, other=0)
+    if SCALES_FIRST:
+        j = tl.arange(0, SCALES_FIRST)
+        there = j < last - first
+        a_scales = tl.load(
+            a_scale_ptrs[:, None] + j[None, :] * a_scale_stride_k,
+            mask=in_rows[:, None] & there[None, :],
+            other=0,
+        )
+        b_scales = tl.load(b_scale_ptr + j * b_scale_stride_k, mask=there, other=0)
+        scales = _as_float(a_scales, A_E8M0) * _as_float(b_scales, B_E8M0)[None, :]
+    else:
+        a_scale = tl.load(a_scale_ptrs, mask=in_rows & (first < last), other=0)
+        b_scale = tl.load(b_scale_ptr, mask=first < last, other=0)
     acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     for step in range(first, last):
-        more = step + 1 < last
-        a_scale_ptrs += a_scale_stride_k
-        b_scale_ptr += b_scale_stride_k
-        next_a_scale = tl.load(a_scale_ptrs, mask=in_rows & more, other=0)
-        next_b_scale = tl.load(b_scale_ptr, mask=more, other=0)
         a = tl.load(a_ptrs, mask=in_rows[:, None], other=0.0)
         b = tl.load(b_ptrs, mask=in_cols[:, None], other=0.0)
+        if SCALES_FIRST:
+            scale = tl.sum(tl.where(j[None, :] == step - first, scales, 0.0), 1)
+        else:
+            scale = _as_float(a_scale, A_E8M0) * _as_float(b_scale, B_E8M0)
+            more = step + 1 < last
+            a_scale_ptrs += a_scale_stride_k
+            b_scale_ptr += b_scale_stride_k
+            a_scale = tl.load(a_scale_ptrs, mask=in_rows & more, other=0)
+            b_scale = tl.load(b_scale_ptr, mask=more, other=0)
         part = tl.dot(a.to(DOT_DTYPE), tl.trans(b.to(DOT_DTYPE)))
-        acc += part * (_as_float(a_scale, A_E8M0) * _as_float(b_scale, B_E8M0))[:, None]
-        a_scale = next_a_scale
-        b_scale = next_b_scale
+        acc += part * scale[:, None]
         a_ptrs += SCALE_BLOCK
         b_ptrs += SCALE_BLOCK
 

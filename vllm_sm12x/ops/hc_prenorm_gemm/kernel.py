@@ -1,15 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernel of hc_prenorm_gemm.
+"""Triton kernels of hc_prenorm_gemm.
 
 Design constraints, please keep them when editing:
-- fn is split into three bf16 terms that together are its fp32 value, and x is bf16 already: three
-  bf16 dots are an fp32 product, at a quarter of the MMA work of tf32x3 (README.md, "Accuracy").
+- fn is split into two bf16 terms, x is bf16 already: two bf16 dots keep 17 bits of fn where tf32
+  keeps 11, at the same MMA work (README.md, "Accuracy").
 - A K step's dots start from zero and are added to the sum outside the tensor core, which truncates
   its sums where an fp32 add rounds.
 """
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def _two_terms(fn):
+    """fp32 as the sum of two bf16, to 2^-18 of it."""
+    high = fn.to(tl.bfloat16)
+    return high, (fn - high.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def split_terms_kernel(
+    fn_ptr, terms_ptr, depth, fn_stride_n, terms_stride_n, terms_stride, BLOCK: tl.constexpr
+):
+    """Write fn's two terms, [2, N, K]. Grid (N, K blocks)."""
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    high, low = _two_terms(tl.load(fn_ptr + row * fn_stride_n + k, mask=k < depth, other=0.0))
+    out_ptrs = terms_ptr + row * terms_stride_n + k
+    tl.store(out_ptrs, high, mask=k < depth)
+    tl.store(out_ptrs + terms_stride, low, mask=k < depth)
 
 
 @triton.jit(do_not_specialize=["tokens", "num_splits", "steps", "steps_per_split"])
@@ -26,12 +46,17 @@ def hc_prenorm_gemm_kernel(
     steps_per_split,
     x_stride_t,
     fn_stride_n,
+    terms_stride,
+    IN_TERMS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
 ):
-    """BLOCK_T tokens by all rows of fn over one share of K. Grid (row tiles * splits)."""
+    """BLOCK_T tokens by all rows of fn over one share of K. Grid (row tiles * splits).
+
+    fn is fp32 [N, K], or with IN_TERMS already its two bf16 terms [2, N, K].
+    """
     split = tl.program_id(0) % num_splits
     t = tl.program_id(0) // num_splits * BLOCK_T + tl.arange(0, BLOCK_T)
     n = tl.arange(0, BLOCK_N)
@@ -44,24 +69,23 @@ def hc_prenorm_gemm_kernel(
     fn_ptrs = fn_ptr + n.to(tl.int64)[:, None] * fn_stride_n + k[None, :]
 
     acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-    squares = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
+    squares = tl.zeros((BLOCK_T,), tl.float32)
     for step in range(first, last):
         start = step * BLOCK_K
         in_depth = (start + k < depth)[None, :]
         x = tl.load(x_ptrs + start, mask=in_tokens & in_depth, other=0.0)
-        fn = tl.load(fn_ptrs + start, mask=in_rows & in_depth, other=0.0)
-        high = fn.to(tl.bfloat16)
-        rest = fn - high.to(tl.float32)
-        middle = rest.to(tl.bfloat16)
-        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        high = tl.load(fn_ptrs + start, mask=in_rows & in_depth, other=0.0)
+        if IN_TERMS:
+            low = tl.load(fn_ptrs + terms_stride + start, mask=in_rows & in_depth, other=0.0)
+        else:
+            high, low = _two_terms(high)
         operand = x.to(DOT_DTYPE)
         part = tl.dot(operand, tl.trans(low.to(DOT_DTYPE)))
-        part = tl.dot(operand, tl.trans(middle.to(DOT_DTYPE)), part)
         part = tl.dot(operand, tl.trans(high.to(DOT_DTYPE)), part)
         acc += part
         wide = x.to(tl.float32)
-        squares += wide * wide
+        squares += tl.sum(wide * wide, 1)
 
     row = split.to(tl.int64) * tokens + t
     tl.store(out_ptr + row[:, None] * rows + n[None, :], acc, mask=in_tokens & (n < rows)[None, :])
-    tl.store(sqrsum_ptr + row, tl.sum(squares, 1), mask=t < tokens)
+    tl.store(sqrsum_ptr + row, squares, mask=t < tokens)

@@ -62,8 +62,8 @@ MQA_LOGITS = OpSpec(
     function=mqa_logits,
     oracle=mqa_logits_reference,
     inputs=mqa_logits_inputs,
-    tolerance=1e-5,
-    tolerance_reason="products of e4m3 are exact in fp32; only the order of fp32 sums differs",
+    tolerance=5e-4,
+    tolerance_reason="FP8 tensor cores up to SM90 keep some 14 bits of a sum; 1e-4 to 2e-4 seen",
     small=(
         MqaLogitsShape(1, 1, heads=1),
         MqaLogitsShape(3, 130),

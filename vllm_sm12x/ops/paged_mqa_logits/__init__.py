@@ -8,7 +8,6 @@ import triton.language as tl
 from vllm_sm12x.ops.launch import dot_dtype, multiprocessors, on_device
 from vllm_sm12x.ops.mqa_logits import (
     HEAD_DIM,
-    block_heads,
     check_devices,
     check_heads,
     check_tensor,
@@ -28,6 +27,7 @@ def paged_mqa_logits(
     block_table: torch.Tensor,
     *,
     max_model_len: int,
+    clean_logits: bool = True,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """mqa_logits of decoding requests, whose keys are in pages; -inf past each row's context.
@@ -46,8 +46,9 @@ def paged_mqa_logits(
         block_table: int32 [B, pages]; position p is in block block_table[b, p // block_size].
             Positions past the table count as past the context.
         max_model_len: columns of the output.
+        clean_logits: write -inf past each row's context; if not, what stands there is undefined.
         out: fp32 [B * next_n, max_model_len] to write into, any row stride; allocated if None.
-            Every element is written.
+            Every element is written if `clean_logits`.
 
     Returns:
         out.
@@ -82,10 +83,16 @@ def paged_mqa_logits(
         shape = (requests * next_n, max_model_len)
         out = torch.empty(shape, dtype=torch.float32, device=q.device)
     if requests and next_n:
-        config = choose(heads)
+        padded_heads = max(16, triton.next_power_of_2(heads))
+        config = choose(next_n, padded_heads)
         sms = multiprocessors("q", q.device)
+        grid = (
+            requests,
+            programs(config, requests, max_model_len, sms=sms),
+            triton.cdiv(next_n, config.block_r),
+        )
         with on_device(q.device):
-            paged_mqa_logits_kernel[(requests, programs(requests, max_model_len, sms=sms))](
+            paged_mqa_logits_kernel[grid](
                 q,
                 cache,
                 weights,
@@ -105,10 +112,11 @@ def paged_mqa_logits(
                 BLOCK_SIZE=cache.shape[1],
                 NEXT_N=next_n,
                 LENS_PER_ROW=lens_per_row,
+                CLEAN=clean_logits,
                 NUM_HEADS=heads,
-                BLOCK_R=triton.next_power_of_2(next_n),
+                BLOCK_R=config.block_r,
                 BLOCK_N=config.block_n,
-                BLOCK_H=block_heads(heads),
+                BLOCK_H=padded_heads,
                 FILL_BLOCK=FILL_BLOCK,
                 DOT_DTYPE=dot_dtype(tl.float8e4nv),
                 NUM_STAGES=config.num_stages,
