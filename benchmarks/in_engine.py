@@ -47,6 +47,33 @@ def attention_classes(model: torch.nn.Module) -> list[str]:
     return sorted(f"{cls.__module__}.{cls.__qualname__}" for cls in classes)
 
 
+def memory_in_use(worker: Any) -> dict[str, int]:
+    """Bytes of one worker's GPU.
+
+    weights: what loading the model took. kv_cache: its buffers, each counted once. profile_peak:
+    what vLLM's profiling run took beyond the weights. allocated, peak, reserved: by torch's
+    allocator, the peak since it was last reset. free: on the device.
+    """
+    torch.cuda.synchronize()
+    caches = torch.utils._pytree.tree_leaves(list(worker.model_runner.kv_caches))
+    storages = [cache.untyped_storage() for cache in caches]
+    return {
+        "weights": int(worker.model_runner.model_memory_usage),
+        "kv_cache": sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()),
+        "profile_peak": int(worker.peak_activation_memory),
+        "allocated": torch.cuda.memory_allocated(),
+        "peak": torch.cuda.max_memory_allocated(),
+        "reserved": torch.cuda.memory_reserved(),
+        "free": torch.cuda.mem_get_info()[0],
+    }
+
+
+def reset_peak_memory(worker: Any) -> None:
+    """Let `memory_in_use` count the peak from here on."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+
+
 def attend_by_oracle(*, policy: Any = None, **arguments: Any) -> None:
     """`sparse_mla` as our attention layer calls it, computed by the fp32 oracle. Eager only."""
     for start in range(0, arguments["q"].shape[0], ORACLE_CHUNK):

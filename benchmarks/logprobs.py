@@ -41,7 +41,13 @@ def forced_sequences(tokens: range, text_tokens: list[int], decode_tokens: int) 
 
 
 def engine_args(
-    model: Path, *, eager: bool, cudagraph_mode: str | None, mtp: int, tensor_parallel_size: int
+    model: Path,
+    *,
+    eager: bool,
+    cudagraph_mode: str | None,
+    mtp: int,
+    tensor_parallel_size: int,
+    pipeline_parallel_size: int,
 ) -> dict[str, Any]:
     """Arguments of vllm.LLM. Scheduling is synchronous, so that runs batch the same way."""
     args: dict[str, Any] = {
@@ -49,6 +55,7 @@ def engine_args(
         **ENGINE_ARGS,
         "max_num_batched_tokens": MAX_NUM_BATCHED_TOKENS,
         "tensor_parallel_size": tensor_parallel_size,
+        "pipeline_parallel_size": pipeline_parallel_size,
         "enforce_eager": eager,
         "async_scheduling": False,
         "logprobs_mode": "raw_logprobs",
@@ -119,7 +126,7 @@ def check_attention(llm: Any, attention: Attention) -> list[str]:
 
     classes = sorted({name for names in llm.apply_model(attention_classes) for name in names})
     ours = [name.startswith("vllm_sm12x.") for name in classes]
-    if not classes or not all(mine == (attention is Attention.OURS) for mine in ours):
+    if not classes or not all(mine == (attention is not Attention.STOCK) for mine in ours):
         raise RuntimeError(f"asked for {attention.value} attention, but the model has {classes}")
     return classes
 
@@ -207,13 +214,14 @@ def collect(
     model: Annotated[Path, typer.Option(help="The checkpoint's directory.")],
     attention: Annotated[Attention, typer.Option()],
     out: Annotated[Path, typer.Option(help="The .npz file to write.")],
-    eager: Annotated[bool, typer.Option("--eager")] = False,
+    eager: Annotated[bool, typer.Option("--eager", "--enforce-eager")] = False,
     cudagraph_mode: Annotated[str | None, typer.Option(help="FULL, PIECEWISE, ...")] = None,
     mtp: Annotated[
         int, typer.Option(min=0, help="Speculative tokens; decode is greedy then, not forced.")
     ] = 0,
     decode_tokens: Annotated[int, typer.Option(min=2)] = DECODE_TOKENS,
     tensor_parallel_size: Annotated[int, typer.Option(min=1)] = 1,
+    pipeline_parallel_size: Annotated[int, typer.Option(min=1)] = 1,
     oracle: Annotated[
         bool, typer.Option("--oracle", help="Our layer, its kernel replaced by the fp32 oracle.")
     ] = False,
@@ -245,6 +253,7 @@ def collect(
         cudagraph_mode=cudagraph_mode,
         mtp=mtp,
         tensor_parallel_size=tensor_parallel_size,
+        pipeline_parallel_size=pipeline_parallel_size,
     )
     if oracle:
         from in_engine import use_oracle

@@ -18,10 +18,15 @@ from typing import Any
 
 
 class Attention(str, Enum):
-    """Whose attention serves the model."""
+    """Whose attention serves the model.
+
+    OURS: ours, forced on any GPU; the rest is what that GPU gets. PROXY: all that an SM12x GPU
+    gets, as the plugin chooses by itself there.
+    """
 
     OURS = "ours"
     STOCK = "stock"
+    PROXY = "proxy"
 
 
 OUR_BACKEND = "TRITON_MLA_SPARSE"
@@ -130,8 +135,16 @@ def offline(model: Path | str) -> dict[str, str]:
 
 
 def attention_env(attention: Attention) -> dict[str, str]:
-    """The variable that asks for our attention, or forbids it."""
+    """The variables that ask for our attention or all of the SM12x path, or forbid ours."""
+    if attention is Attention.PROXY:
+        return {"VLLM_TRITON_MLA_SPARSE": "auto", "VLLM_SM12X_ASSUME": "12.0"}
     return {"VLLM_TRITON_MLA_SPARSE": "1" if attention is Attention.OURS else "0"}
+
+
+def parallel_args(tensor: int, pipeline: int) -> list[str]:
+    """Options of `vllm serve` for that many GPUs; none for one."""
+    sizes = {"tensor_parallel_size": tensor, "pipeline_parallel_size": pipeline}
+    return [part for name, size in sizes.items() if size > 1 for part in (_flag(name), str(size))]
 
 
 def chosen_attention(log_text: str) -> set[str]:
@@ -144,7 +157,7 @@ def check_startup(log_text: str, *, attention: Attention, cudagraphs: bool) -> l
     problems = []
     chosen = chosen_attention(log_text)
     ours = {name for name in chosen if f"({OUR_BACKEND})" in name}
-    if attention is Attention.OURS and (not ours or chosen != ours):
+    if attention is not Attention.STOCK and (not ours or chosen != ours):
         problems.append(f"asked for {OUR_BACKEND}, but the log names {sorted(chosen) or 'nothing'}")
     if attention is Attention.STOCK and ours:
         problems.append(f"asked for stock attention, but the log names {sorted(ours)}")

@@ -18,7 +18,14 @@ from machine import describe_machine, machine_line, write_result
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from server import MODEL_NAME, Attention, attention_env, check_startup, vllm_server
+from server import (
+    MODEL_NAME,
+    Attention,
+    attention_env,
+    check_startup,
+    parallel_args,
+    vllm_server,
+)
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -218,8 +225,13 @@ def main(
     label: Annotated[Attention, typer.Option(help="The attention to serve with.")],
     json_path: Annotated[Path, typer.Option("--json", help="The result file to write.")],
     mode: Mode = Mode.CUDAGRAPH,
+    enforce_eager: Annotated[
+        bool, typer.Option("--enforce-eager", help="The same as --mode eager.")
+    ] = False,
     cudagraph_mode: Annotated[str | None, typer.Option(help="FULL, PIECEWISE, ...")] = None,
     mtp: Annotated[int, typer.Option(min=0, help="Speculative tokens of the MTP layer.")] = 0,
+    tensor_parallel_size: Annotated[int, typer.Option(min=1)] = 1,
+    pipeline_parallel_size: Annotated[int, typer.Option(min=1)] = 1,
     requests: Annotated[int, typer.Option(min=1)] = 64,
     concurrency: Annotated[int, typer.Option(min=1)] = 8,
     env: Annotated[list[str] | None, typer.Option(help="K=V for the server; repeatable.")] = None,
@@ -229,18 +241,22 @@ def main(
 ) -> None:
     """Serve MODEL, send the requests, check every answer. Exit status 1 if anything is wrong."""
     console = Console()
+    if wrong := [item for item in env or () if "=" not in item]:
+        raise typer.BadParameter(f"--env takes K=V, got {wrong[0]!r}")
+    variables = {**attention_env(label), **dict(item.split("=", 1) for item in env or ())}
     machine = describe_machine(revision)
+    if variables.get("VLLM_SM12X_ASSUME"):  # which the server sees, and this process does not
+        machine["label"] = "proxy"
     console.print(machine_line(machine), highlight=False)
+    mode = Mode.EAGER if enforce_eager else mode
     args = ["--enforce-eager"] if mode is Mode.EAGER else []
+    args += parallel_args(tensor_parallel_size, pipeline_parallel_size)
     if cudagraph_mode:
         args += ["--compilation-config", json.dumps({"cudagraph_mode": cudagraph_mode})]
     if mtp:
         speculative = {"method": "mtp", "num_speculative_tokens": mtp}
         args += ["--speculative-config", json.dumps(speculative)]
     args += vllm_args or []
-    if wrong := [item for item in env or () if "=" not in item]:
-        raise typer.BadParameter(f"--env takes K=V, got {wrong[0]!r}")
-    variables = {**attention_env(label), **dict(item.split("=", 1) for item in env or ())}
     log = json_path.with_suffix(".server.log")
 
     todo = mixed_requests(requests, token_range(model))

@@ -61,10 +61,10 @@ def run_doctor(*, as_json: bool = False) -> int:
 
 
 def examine() -> Report:
-    """Probe settings, packages, device, entry points, and the changes; never raises."""
+    """Probe settings, packages, device, entry points, changes and ops; never raises."""
     report = Report()
     with _quiet():
-        for probe in (_packages, _settings, _device, _entry_points, _changes):
+        for probe in (_packages, _settings, _device, _entry_points, _changes, _ops):
             try:
                 probe(report)
             except knobs.KnobError as error:
@@ -197,6 +197,19 @@ def _changes(report: Report) -> None:
         report.facts["platform"] = f"{current.__module__}.{current.__qualname__}"
 
 
+def _ops(report: Report) -> None:
+    """Who serves each op, or would on SM12x; needs neither a GPU, nor torch, nor vLLM."""
+    from vllm_sm12x.changes import host
+    from vllm_sm12x.changes.change import Context
+
+    active = report.facts.get("active") or {"yes": False}
+    in_force = active["yes"] and host.on_sm12x_path(Context.detect()).yes
+    report.facts["ops"] = [{**row._asdict(), "in_force": in_force} for row in host.served_ops()]
+    for row in report.facts["ops"]:
+        if row["provider"] is None and in_force:
+            report.find(BROKEN, row["why"])
+
+
 def _described(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
@@ -230,9 +243,19 @@ def _as_text(facts: dict[str, Any]) -> str:
         (row["name"], row["value"] if row["set"] else f"{row['value']}  (default)")
         for row in known("settings")
     ]
-    tables = [_columns(rows) for rows in (head, changes, settings) if rows]
+    ops: list[tuple[str, ...]] = [
+        (row["op"], _served_by(row), row["why"]) for row in known("ops") or ()
+    ]
+    if ops:
+        ops.insert(0, ("op", "served by", "why"))
+    tables = [_columns(rows) for rows in (head, changes, ops, settings) if rows]
     closing = [facts["health"], *(f"- {sentence}" for sentence in facts["findings"])]
     return "\n\n".join([*tables, "\n".join(closing)])
+
+
+def _served_by(row: dict[str, Any]) -> str:
+    provider = row["provider"] or "nobody"
+    return provider if row["in_force"] else f"would be {provider}"
 
 
 def _columns(rows: Sequence[tuple[str, ...]]) -> str:

@@ -12,12 +12,20 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-_DEEP_GEMM_TILED = "DG_SM120_PAGED_MQA_TILED"
+TILED = "VLLM_DEEP_GEMM_SM120_PAGED_MQA_TILED"
+DEEP_GEMM_TILED = "DG_SM120_PAGED_MQA_TILED"
+# The ops that more than one implementation can serve, and the names of the implementations.
+OPS = ("mqa_logits", "paged_mqa_logits", "fp8_einsum", "hc_prenorm_gemm")
+PROVIDERS = ("auto", "triton", "deep_gemm")
 _OUR_PREFIXES = ("VLLM_SM12X_", "VLLM_TRITON_MLA_SPARSE")
 
 
 class KnobError(ValueError):
     """A variable of ours holds a value, or has a name, that means nothing."""
+
+
+class _Because(ValueError):
+    """What is wrong with a value, to be said besides what is allowed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +50,9 @@ class Knob:
             return self.default
         try:
             return self.parse(self.text)
-        except ValueError:
-            message = f"{self.name}={self.text!r} is not valid: allowed is {self.allowed}."
+        except ValueError as error:
+            because = f" ({error})" if isinstance(error, _Because) else ""
+            message = f"{self.name}={self.text!r} is not valid{because}: allowed is {self.allowed}."
             raise KnobError(message) from None
 
 
@@ -70,6 +79,31 @@ def _names(raw: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in raw.split(",") if part.strip())
 
 
+def _providers(raw: str) -> dict[str, str]:
+    """One provider for all ops, or `op=provider` pairs; an op that none names has auto."""
+    if "=" not in raw and "," not in raw:
+        return dict.fromkeys(OPS, _provider(raw))
+    chosen: dict[str, str] = {}
+    for pair in _names(raw):
+        op, equals, provider = (part.strip() for part in pair.partition("="))
+        if not equals:
+            raise _Because(f"{pair!r} names no op, as in {OPS[0]}=triton")
+        if op not in OPS:
+            raise _Because(f"no op is called {op!r}{did_you_mean(op, OPS)}")
+        if op in chosen:
+            raise _Because(f"it names {op} twice")
+        chosen[op] = _provider(provider)
+    if not chosen:
+        raise _Because("it names no op")
+    return dict.fromkeys(OPS, "auto") | chosen
+
+
+def _provider(name: str) -> str:
+    if name not in PROVIDERS:
+        raise _Because(f"no provider is called {name!r}{did_you_mean(name, PROVIDERS)}")
+    return name
+
+
 _switch = _one_of({"0": False, "1": True})
 
 KNOBS: tuple[Knob, ...] = (
@@ -83,7 +117,7 @@ KNOBS: tuple[Knob, ...] = (
         "others. 1: also on any other NVIDIA GPU from SM80 on. 0: off.",
     ),
     Knob(
-        name="VLLM_DEEP_GEMM_SM120_PAGED_MQA_TILED",
+        name=TILED,
         default=True,
         default_text="1",
         allowed="0 or 1",
@@ -157,6 +191,19 @@ KNOBS: tuple[Knob, ...] = (
         "tests: the results are proxies.",
     ),
     Knob(
+        name="VLLM_SM12X_PROVIDERS",
+        default=dict.fromkeys(OPS, "auto"),
+        default_text="auto",
+        allowed=f"{', '.join(PROVIDERS[:-1])} or {PROVIDERS[-1]} for every op, or op=provider "
+        f"pairs separated by commas, where op is {', '.join(OPS[:-1])} or {OPS[-1]}",
+        parse=_providers,
+        help="Which implementation serves each op on SM12x: `auto` (ours), `triton` (ours) or "
+        "`deep_gemm`, for every op or by op, as in "
+        "`paged_mqa_logits=deep_gemm,fp8_einsum=triton`. `deep_gemm` needs a DeepGEMM with SM120 "
+        "kernels and nvcc 12.9 or later, and is refused without them. `vllm-sm12x doctor` shows "
+        "who serves what.",
+    ),
+    Knob(
         name="VLLM_SM12X_OFF",
         default=(),
         default_text="unset",
@@ -204,11 +251,30 @@ def merge_into(environment_variables: MutableMapping[str, Callable[[], Any]]) ->
     return [knob.name for knob in added]
 
 
+def set_default(name: str, value: str, undo: ExitStack) -> None:
+    """Set a variable that is somebody else's, unless it is set; `undo` unsets it again."""
+    if name not in os.environ:
+        os.environ[name] = value
+        undo.callback(os.environ.pop, name, None)
+
+
 def forward_to_deep_gemm(undo: ExitStack) -> None:
     """Set DeepGEMM's own variable from ours, unless the user set DeepGEMM's; `undo` unsets it."""
-    if _DEEP_GEMM_TILED not in os.environ:
-        os.environ[_DEEP_GEMM_TILED] = f"{get('VLLM_DEEP_GEMM_SM120_PAGED_MQA_TILED'):d}"
-        undo.callback(os.environ.pop, _DEEP_GEMM_TILED, None)
+    set_default(DEEP_GEMM_TILED, f"{get(TILED):d}", undo)
+
+
+def set_by_others(name: str, ours: str) -> str | None:
+    """What a variable holds that is neither unset nor `ours`, the value of `set_default`.
+
+    A child process inherits `ours` from its parent, and cannot tell it from the user's.
+    """
+    value = os.environ.get(name)
+    return None if value == ours else value
+
+
+def cuda_home() -> str | None:
+    """The folder of the CUDA toolkit that the user names: CUDA_HOME, else CUDA_PATH, else None."""
+    return os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or None
 
 
 def cuda_visible_devices() -> str | None:

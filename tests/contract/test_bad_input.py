@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Wrong settings, GPUs and vLLMs: one sentence that names them, and vLLM left as it was.
+"""Wrong settings, GPUs and vLLMs, and ops that nobody serves: one sentence that names them.
 
 Cache dtypes and block sizes that do not fit are refused with the config, in test_config.py.
 """
 
+import re
 import sys
 
 import pytest
+from toolkits import cuda_toolkit, deep_gemm_package
 
 pytestmark = pytest.mark.contract
 
@@ -29,6 +31,8 @@ BAD_SETTINGS = [
     ("VLLM_TRITON_MLA_SPARSE_DUMP", "on", "0 or 1"),
     ("VLLM_SM12X_ASSUME", "9.0", "12.0 or 12.1"),
     ("VLLM_SM12X_OFF", "atention.select", "attention.select"),
+    ("VLLM_SM12X_PROVIDERS", "cutlass", "auto, triton or deep_gemm"),
+    ("VLLM_SM12X_PROVIDERS", "fp8_einsun=triton", "did you mean fp8_einsum"),
     ("VLLM_SM12X_OF", "platform", "VLLM_SM12X_OFF"),
     ("VLLM_TRITON_MLA_SPARSE_TOPK_CHUNK", "512", "VLLM_TRITON_MLA_SPARSE_TOPK_CHUNK_SIZE"),
 ]
@@ -174,3 +178,129 @@ def test_a_vllm_below_the_floor_cannot_be_forced(below_the_floor):
     assert kind == "RuntimeError"
     assert is_one_sentence(sentence), sentence
     assert "vLLM 0.22.1" in sentence and ">=0.23" in sentence
+
+
+# What is refused with the config, in the front end; with variables, flags, and parts of the answer.
+NO_NVCC = "nvcc was not found (/nowhere/bin/nvcc does not exist)"
+GET_NVCC = "install CUDA toolkit 12.9 or later and set CUDA_HOME to it"
+UNSERVED = {
+    "deep_gemm for every op": (
+        {"VLLM_SM12X_PROVIDERS": "deep_gemm"}, [],
+        ["The op mqa_logits has no provider", NO_NVCC, GET_NVCC,
+         "triton because VLLM_SM12X_PROVIDERS asks for deep_gemm", "set mqa_logits=triton"],
+    ),
+    "deep_gemm for one op": (
+        {"VLLM_SM12X_PROVIDERS": "hc_prenorm_gemm=deep_gemm"}, [],
+        ["The op hc_prenorm_gemm has no provider", NO_NVCC, "set hc_prenorm_gemm=triton"],
+    ),
+    "FP4 indexer cache": (
+        {}, ["--attention-config", '{"use_fp4_indexer_cache": true}'],
+        ["mqa_logits and paged_mqa_logits have no provider for an FP4 indexer cache", "FP8",
+         'leave "use_fp4_indexer_cache" out of --attention-config'],
+    ),
+    "prefill context parallelism": (
+        {}, ["--prefill-context-parallel-size", "2"],
+        ["--prefill-context-parallel-size 2", "does not merge across ranks", "allowed is 1"],
+    ),
+    "decode context parallelism": (
+        {}, ["--tensor-parallel-size", "2", "--decode-context-parallel-size", "2"],
+        ["--decode-context-parallel-size 2", "does not merge across ranks", "allowed is 1"],
+    ),
+    "index head dim": (
+        {}, ["--hf-overrides", '{"index_head_dim": 64}'],
+        ["mqa_logits and paged_mqa_logits", "index_head_dim 64", "triton and deep_gemm take 128"],
+    ),
+    "FlashMLA": (
+        {}, ["--attention-backend", "FLASHMLA_SPARSE"],
+        ["--attention-backend FLASHMLA_SPARSE takes vLLM's own DeepSeek V4 layer, whose mqa_logits "
+         "only DeepGEMM serves", NO_NVCC, GET_NVCC, "leave out --attention-backend"],
+    ),
+    "FlashInfer": (
+        {}, ["--attention-backend", "FLASHINFER_MLA_SPARSE_DSV4"],
+        ["--attention-backend FLASHINFER_MLA_SPARSE_DSV4", NO_NVCC, GET_NVCC],
+    ),
+}  # fmt: skip
+SERVED = {
+    "ours": ({}, []),
+    "ours by setting": ({"VLLM_SM12X_PROVIDERS": "triton"}, []),
+    "switched off": ({"VLLM_TRITON_MLA_SPARSE": "0"}, []),
+}
+MAKE_CONFIGS = """
+def failure(environment, flags):
+    os.environ.update(environment)
+    try:
+        return failure_of(served_config, MODEL, "--kv-cache-dtype", "fp8", *flags)
+    finally:
+        for name in environment:
+            del os.environ[name]
+"""
+
+
+@pytest.fixture(scope="module")
+def without_a_toolkit(host, tmp_path_factory):
+    """A machine with a DeepGEMM that has SM120 kernels, and without nvcc."""
+    site = tmp_path_factory.mktemp("site")
+    deep_gemm_package(site)
+    asked = {name: case[:2] for name, case in {**UNSERVED, **SERVED}.items()}
+    return host(
+        f"{MAKE_CONFIGS}\nanswer({{name: failure(*case) for name, case in {asked!r}.items()}})",
+        count=2,
+        env={"CUDA_HOME": "/nowhere"},
+        first_on_path=[site],
+    )
+
+
+@pytest.mark.parametrize("case", UNSERVED)
+def test_what_nobody_can_serve_is_refused_with_the_config(without_a_toolkit, case):
+    refusal = without_a_toolkit.answer[case]
+    assert refusal is not None, f"{case} was taken"
+    said = re.search(r"Value error, (.*) \[type=value_error", refusal, re.DOTALL)
+    assert said, refusal
+    assert is_one_sentence(said[1])
+    for part in UNSERVED[case][2]:
+        assert part in said[1]
+
+
+@pytest.mark.parametrize("case", SERVED)
+def test_what_is_served_is_not_refused(without_a_toolkit, case):
+    assert without_a_toolkit.answer[case] is None
+
+
+def test_switching_our_attention_off_warns_of_what_vllms_own_lacks(without_a_toolkit):
+    lines = [line for line in without_a_toolkit.output.splitlines() if "DeepSeek V4 layer" in line]
+    warnings = [line for line in lines if "WARNING" in line]
+    assert len(warnings) == 1
+    assert "VLLM_TRITON_MLA_SPARSE=0 takes vLLM's own DeepSeek V4 layer" in warnings[0]
+    assert NO_NVCC in warnings[0] and "unset VLLM_TRITON_MLA_SPARSE" in warnings[0]
+
+
+@pytest.fixture(scope="module")
+def without_kernels(host, tmp_path_factory):
+    """The other way round: nvcc, and a DeepGEMM without SM120 kernels."""
+    machine = tmp_path_factory.mktemp("machine")
+    package = deep_gemm_package(machine / "site", headers=())
+    asked = [UNSERVED["deep_gemm for every op"][:2], UNSERVED["FlashInfer"][:2]]
+    answer = host(
+        f"{MAKE_CONFIGS}\nanswer([failure(*case) for case in {asked!r}])",
+        env={"CUDA_HOME": str(cuda_toolkit(machine / "cuda", "13.0"))},
+        first_on_path=[machine / "site"],
+    ).answer
+    return package, answer
+
+
+@pytest.mark.parametrize("case", [0, 1])
+def test_a_deep_gemm_without_sm120_kernels_serves_nothing(without_kernels, case):
+    package, answers = without_kernels
+    assert f"the DeepGEMM in {package} has no SM120 kernel for it" in answers[case]
+    assert "install a DeepGEMM with SM120 kernels" in answers[case]
+
+
+def test_on_a_gpu_that_is_forced_the_ops_stay_vllms_business(host):
+    """VLLM_TRITON_MLA_SPARSE=1 on an H200 brings our attention and nothing else."""
+    asked = UNSERVED["deep_gemm for every op"][:2]
+    assert host(
+        f"{MAKE_CONFIGS}\nanswer(failure(*{asked!r}))",
+        capability="9.0",
+        name="NVIDIA H200",
+        env={"VLLM_TRITON_MLA_SPARSE": "1", "CUDA_HOME": "/nowhere"},
+    ).answer is None  # fmt: skip

@@ -2,6 +2,7 @@
 """What `vllm serve` makes of DeepSeek V4 on SM12x, and that the user's own choices stand."""
 
 import pytest
+from toolkits import cuda_toolkit, deep_gemm_package
 
 pytestmark = pytest.mark.contract
 
@@ -12,12 +13,18 @@ MODEL_PACKAGE = "vllm.models.deepseek_v4.nvidia"
 
 
 @pytest.fixture(scope="module")
-def configs(host):
-    """Many configs in one front end with two GPUs: facts, or the message with which it refused."""
+def configs(host, tmp_path_factory):
+    """Many configs in one front end with two GPUs: facts, or the message with which it refused.
+
+    The machine has nvcc and a DeepGEMM with SM120 kernels, as far as anyone looks before the model
+    is built.
+    """
+    machine = tmp_path_factory.mktemp("machine")
+    deep_gemm_package(machine / "site")
     return host(
         """
-from vllm.config import CompilationConfig
-from vllm.engine.arg_utils import EngineArgs
+from vllm.config import set_current_vllm_config
+from vllm.platforms import current_platform
 
 fp8 = ["--kv-cache-dtype", "fp8", "--block-size", "256"]
 CASES = {
@@ -65,11 +72,15 @@ def examine(make):
         config = make()
     except Exception as error:
         return {"refused": str(error)}
-    return {**config_facts(config), "worker": worker_facts(config)}
+    with set_current_vllm_config(config):
+        deep_gemm = current_platform.support_deep_gemm()
+    return {**config_facts(config), "worker": worker_facts(config), "deep_gemm": deep_gemm}
 
 answer({name: examine(make) for name, make in CASES.items()})
 """,
         count=2,
+        env={"CUDA_HOME": str(cuda_toolkit(machine / "cuda", "12.9"))},
+        first_on_path=[machine / "site"],
     ).answer
 
 
@@ -99,6 +110,197 @@ def test_another_attention_backend_stands(configs, vllm_version):
     assert configs["FlashInfer"]["worker"]["attention"] == (
         f"{MODEL_PACKAGE}.flashinfer_sparse.DeepseekV4FlashInfer{flashinfer}Attention"
     )
+
+
+@pytest.mark.parametrize("case", ["plain", "two GPUs", "mtp", "by name"])
+def test_vllm_does_without_deep_gemm_in_linears_and_experts(configs, case):
+    assert configs[case]["deep_gemm"] is False
+
+
+@pytest.mark.parametrize("case", ["FlashMLA", "FlashInfer"])
+def test_vllms_own_layers_get_what_vllm_decides(configs, case, vllm_version):
+    """0.24 was the first to count SM12x among DeepGEMM's GPUs."""
+    assert configs[case]["deep_gemm"] is (vllm_version >= (0, 24))
+
+
+MXFP4_EXPERTS = """
+import dataclasses
+import torch
+from vllm.config import set_current_vllm_config
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.config import (
+    FusedMoEConfig, FusedMoEParallelConfig, RoutingMethodType,
+)
+from vllm.model_executor.layers.fused_moe.oracle.mxfp4 import select_deepseek_v4_mxfp4_moe_backend
+
+def backend_of(*flags):
+    config = served_config(MODEL, "--kv-cache-dtype", "fp8", "--block-size", "256", *flags)
+    model = config.model_config.hf_config
+    arguments = {
+        "num_experts": model.n_routed_experts,
+        "num_local_experts": model.n_routed_experts,
+        "num_logical_experts": model.n_routed_experts,
+        "experts_per_token": model.num_experts_per_tok,
+        "hidden_dim": model.hidden_size,
+        "intermediate_size": model.moe_intermediate_size,
+        "intermediate_size_per_partition": model.moe_intermediate_size,
+        "activation": MoEActivation.SILU,
+        "device": "cuda",
+        "routing_method": RoutingMethodType.DeepseekV4,
+        "moe_parallel_config": FusedMoEParallelConfig.make_no_parallel(),
+        "in_dtype": torch.bfloat16,
+        "swiglu_limit": model.swiglu_limit,
+        "moe_backend": config.kernel_config.moe_backend,
+    }
+    fields = {field.name for field in dataclasses.fields(FusedMoEConfig)}
+    if "intermediate_size" in fields:  # which then sets the other itself
+        del arguments["intermediate_size_per_partition"]
+    else:
+        del arguments["intermediate_size"]
+    with set_current_vllm_config(config):
+        return select_deepseek_v4_mxfp4_moe_backend(FusedMoEConfig(**arguments))[0].name
+"""
+
+
+@pytest.fixture(scope="module")
+def experts(host):
+    """What vLLM's own choice of an MXFP4 backend says for the tiny checkpoint."""
+    return host(f"""{MXFP4_EXPERTS}
+answer({{
+    "auto": backend_of(),
+    "marlin": backend_of("--moe-backend", "marlin"),
+    "emulation": backend_of("--moe-backend", "emulation"),
+    "deep_gemm": failure_of(backend_of, "--moe-backend", "deep_gemm"),
+}})
+""").answer
+
+
+def test_mxfp4_experts_run_on_marlin(experts):
+    assert experts["auto"] == "MARLIN"
+
+
+def test_without_the_plugin_they_run_on_deep_gemm_from_024_on(host, vllm_version):
+    stock = host(f"{MXFP4_EXPERTS}\nanswer(backend_of())", plugin=False).answer
+    assert stock == ("DEEPGEMM_MXFP4" if vllm_version >= (0, 24) else "MARLIN")
+
+
+@pytest.mark.parametrize("backend", ["marlin", "emulation"])
+def test_the_users_moe_backend_stands(experts, backend):
+    assert experts[backend] == backend.upper()
+
+
+def test_a_moe_backend_that_cannot_serve_is_refused_by_vllm_not_replaced(experts):
+    assert experts["deep_gemm"].startswith("ValueError: ")
+    assert "DEEPGEMM_MXFP4" in experts["deep_gemm"]
+
+
+DEFAULTS = {"VLLM_SPARSE_INDEXER_MAX_LOGITS_MB": "256", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
+READ_DEFAULTS = f"""
+from importlib.metadata import entry_points
+from vllm import envs
+from vllm_sm12x import changes
+
+def seen():
+    return [int(getattr(envs, name)) for name in {list(DEFAULTS)!r}]
+
+def states():
+    for point in entry_points(group="vllm.general_plugins", name="sm12x"):
+        point.load()()
+    rows = {{outcome.change.name: outcome for outcome in changes.report()}}
+    return {{
+        name: [rows[name].state.value, rows[name].detail]
+        for name in ("indexer.logits_cap", "sampler")
+    }}
+
+def child():
+    return [seen(), states()]
+"""
+
+
+def defaults(host, folder, *, modules=(), **arguments):
+    """vllm.envs and the two rows: before, after, and after undoing; `modules` are empty ones."""
+    folder = folder / "site"
+    folder.mkdir(parents=True)
+    (folder / "defaults_child.py").write_text(READ_DEFAULTS)
+    for module in modules:
+        (folder / f"{module}.py").touch()
+    return host(
+        """
+from defaults_child import *
+
+before = seen()
+here = states()
+after = seen()
+if os.environ.get("IN_CHILD"):
+    in_child = in_spawned_child(child)
+else:
+    in_child = None
+changes.undo_all()
+answer({
+    "before": before, "after": after, "states": here, "child": in_child, "undone": seen(),
+})
+""",
+        first_on_path=[folder],
+        **arguments,
+    ).answer
+
+
+def test_defaults_reach_vllm_and_its_children_and_can_be_undone(host, tmp_path):
+    facts = defaults(host, tmp_path, env={"CUDA_HOME": "/nowhere", "IN_CHILD": "1"})
+    assert facts["before"] == facts["undone"] == [512, 1]
+    assert facts["after"] == [256, 0]
+    assert facts["child"][0] == [256, 0]
+    assert [state for state, _ in facts["states"].values()] == ["active", "active"]
+    assert facts["states"]["indexer.logits_cap"][1] == (
+        "vllm.envs.VLLM_SPARSE_INDEXER_MAX_LOGITS_MB is 256"
+    )
+    assert "nvcc was not found (/nowhere/bin/nvcc does not exist)" in facts["states"]["sampler"][1]
+    assert facts["child"][1] == facts["states"]
+
+
+def test_the_users_values_stand(host, tmp_path):
+    env = {
+        "VLLM_SPARSE_INDEXER_MAX_LOGITS_MB": "64",
+        "VLLM_USE_FLASHINFER_SAMPLER": "1",
+        "CUDA_HOME": "/nowhere",
+        "IN_CHILD": "1",
+    }
+    facts = defaults(host, tmp_path, env=env)
+    assert facts["before"] == facts["after"] == facts["child"][0] == facts["undone"] == [64, 1]
+    assert facts["states"] == {
+        "indexer.logits_cap": ["off", "VLLM_SPARSE_INDEXER_MAX_LOGITS_MB=64 is set"],
+        "sampler": ["off", "VLLM_USE_FLASHINFER_SAMPLER=1 is set"],
+    }
+
+
+def test_a_machine_that_can_compile_keeps_flashinfers_sampler(host, tmp_path):
+    cuda = cuda_toolkit(tmp_path / "cuda", "12.9")
+    facts = defaults(host, tmp_path, env={"CUDA_HOME": str(cuda)})
+    assert facts["after"] == [256, 1]
+    assert facts["states"]["sampler"] == [
+        "not needed", f"{cuda}/bin/nvcc 12.9 compiles FlashInfer's sampler",
+    ]  # fmt: skip
+
+
+def test_an_old_compiler_does_not_and_a_jit_cache_does(host, tmp_path):
+    env = {"CUDA_HOME": str(cuda_toolkit(tmp_path / "cuda", "12.8"))}
+    without = defaults(host, tmp_path / "without", env=env)
+    assert without["after"] == [256, 0]
+    assert "is 12.8, and SM12x needs 12.9 or later" in without["states"]["sampler"][1]
+    cached = defaults(host, tmp_path / "with", modules=["flashinfer_jit_cache"], env=env)
+    assert cached["after"] == [256, 1]
+    assert cached["states"]["sampler"][0] == "not needed"
+    assert "flashinfer-jit-cache" in cached["states"]["sampler"][1]
+
+
+def test_a_gpu_that_is_forced_keeps_vllms_defaults(host, tmp_path):
+    facts = defaults(
+        host, tmp_path, capability="9.0", name="NVIDIA H200",
+        env={"VLLM_TRITON_MLA_SPARSE": "1", "CUDA_HOME": "/nowhere"},
+    )  # fmt: skip
+    assert facts["after"] == [512, 1]
+    for state, detail in facts["states"].values():
+        assert (state, "SM 9.0" in detail) == ("not needed", True)
 
 
 def test_cuda_graphs_are_vllms_default(configs):

@@ -62,10 +62,45 @@ def test_another_gpu_is_healthy_and_untouched(machine, capsys):
     assert facts["health"] == "healthy" and facts["findings"] == []
     assert facts["active"] == {"yes": False, "because": "NVIDIA H200 is SM 9.0, not SM 12.x"}
     assert {change["state"] for change in facts["changes"]} == {"not for this device"}
-    assert [change["name"] for change in facts["changes"]] == ["platform", "worker", "settings",
-        "attention.name", "attention.select"]  # fmt: skip
+    assert [change["name"] for change in facts["changes"]] == [
+        change.name for change in changes.CHANGES
+    ]
     assert facts["device"]["name"] == "NVIDIA H200"
     assert facts["packages"]["vllm"] == metadata.version("vllm")
+
+
+def ops_of(facts):
+    return {row["op"]: (row["provider"], row["in_force"]) for row in facts["ops"]}
+
+
+def test_ops_that_would_be_served_without_a_gpu_torch_or_vllm(machine, monkeypatch, capsys):
+    monkeypatch.setattr(device, "first_visible_device", lambda: NoDevice("no driver"))
+    real = importlib.import_module
+    broken = ("torch", "vllm", "triton")
+
+    def import_module(name):
+        if name in broken:
+            raise OSError(f"{name} is broken")
+        return real(name)
+
+    monkeypatch.setattr(doctor.importlib, "import_module", import_module)
+    monkeypatch.setenv("VLLM_SM12X_PROVIDERS", "fp8_einsum=deep_gemm")
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    assert doctor.run_doctor(as_json=True) == 2
+    facts = json.loads(capsys.readouterr().out)
+    assert ops_of(facts) == {
+        "mqa_logits": ("triton", False),
+        "paged_mqa_logits": ("triton", False),
+        "fp8_einsum": (None, False),
+        "hc_prenorm_gemm": ("triton", False),
+    }
+    assert not any("fp8_einsum" in finding for finding in facts["findings"])
+    assert doctor.run_doctor() == 2
+    lines = capsys.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.split()[:1] == ["op"])
+    assert lines[start].split() == ["op", "served", "by", "why"]
+    assert lines[start + 1].split()[:4] == ["mqa_logits", "would", "be", "triton"]
+    assert any(line.startswith("fp8_einsum        would be nobody") for line in lines)
 
 
 def test_text_shows_settings_and_what_they_are_by_default(machine, monkeypatch, capsys):
@@ -142,11 +177,26 @@ def test_a_probe_that_fails_leaves_the_others(machine, monkeypatch, capsys):
 
 @pytest.mark.contract
 def test_every_change_is_active_on_sm120(host):
-    """In the doctor's own process, with real vLLM: both phases, each with its evidence."""
-    run = host.command([*DOCTOR, "--json"], gpu=RTX)
+    """In the doctor's own process, with real vLLM: both phases, each with its evidence.
+
+    The machine has no nvcc, so that the row that needs its absence is active too.
+    """
+    run = host.command([*DOCTOR, "--json"], gpu=RTX, env={"CUDA_HOME": "/nowhere"})
     facts = json.loads(run.stdout)
     assert facts["health"] == "healthy", facts["findings"]
     assert {row["name"]: row["state"] for row in facts["changes"]} == {
         change.name: "active" for change in changes.CHANGES
     }
     assert facts["platform"] == "vllm_sm12x.integration.platform.Sm12xPlatform"
+    assert set(ops_of(facts).values()) == {("triton", True)}
+
+
+@pytest.mark.contract
+def test_an_op_that_nobody_serves_is_broken_on_sm120(host):
+    env = {"CUDA_HOME": "/nowhere", "VLLM_SM12X_PROVIDERS": "hc_prenorm_gemm=deep_gemm"}
+    run = host.command([*DOCTOR, "--json"], gpu=RTX, env=env, check=False)
+    facts = json.loads(run.stdout)
+    assert run.returncode == 2
+    assert ops_of(facts)["hc_prenorm_gemm"] == (None, True)
+    (finding,) = facts["findings"]
+    assert finding.startswith("The op hc_prenorm_gemm has no provider: ")

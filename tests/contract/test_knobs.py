@@ -19,6 +19,13 @@ ESTABLISHED = {
     "VLLM_TRITON_MLA_SPARSE_DUMP": False,
     "VLLM_TRITON_MLA_SPARSE_DUMP_PATH": "/tmp/deepseek_v4_triton_mla_sparse_dump.jsonl",
 }
+
+
+def all_ops(provider):
+    names = ("mqa_logits", "paged_mqa_logits", "fp8_einsum", "hc_prenorm_gemm")
+    return dict.fromkeys(names, provider)
+
+
 GOOD = [
     ("VLLM_TRITON_MLA_SPARSE", "1", True),
     ("VLLM_TRITON_MLA_SPARSE", "0", False),
@@ -35,7 +42,19 @@ GOOD = [
     ("VLLM_TRITON_MLA_SPARSE_DUMP_PATH", "/x/y.jsonl", "/x/y.jsonl"),
     ("VLLM_SM12X_ASSUME", "12.1", (12, 1)),
     ("VLLM_SM12X_OFF", "worker, attention.name,", ("worker", "attention.name")),
+    ("VLLM_SM12X_PROVIDERS", "auto", all_ops("auto")),
+    ("VLLM_SM12X_PROVIDERS", "deep_gemm", all_ops("deep_gemm")),
+    ("VLLM_SM12X_PROVIDERS", "fp8_einsum=triton", {**all_ops("auto"), "fp8_einsum": "triton"}),
+    (
+        "VLLM_SM12X_PROVIDERS",
+        " paged_mqa_logits = deep_gemm, hc_prenorm_gemm=auto,",
+        {**all_ops("auto"), "paged_mqa_logits": "deep_gemm"},
+    ),
 ]
+OPS_AND_PROVIDERS = (
+    "auto, triton or deep_gemm for every op, or op=provider pairs separated by commas, where op is "
+    "mqa_logits, paged_mqa_logits, fp8_einsum or hc_prenorm_gemm"
+)
 BAD = [
     ("VLLM_TRITON_MLA_SPARSE", "yes", "0, 1 or auto"),
     ("VLLM_DEEP_GEMM_SM120_PAGED_MQA_TILED", "2", "0 or 1"),
@@ -80,9 +99,33 @@ def test_bad_values_say_what_is_wrong(monkeypatch, name, raw, allowed):
         knobs.check_environment()
 
 
+@pytest.mark.parametrize(
+    "raw, because",
+    [
+        ("cutlass", "no provider is called 'cutlass'"),
+        ("deepgemm", "no provider is called 'deepgemm'; did you mean deep_gemm"),
+        ("fp8_einsum=tritn", "no provider is called 'tritn'; did you mean triton"),
+        ("fp8_einsun=triton", "no op is called 'fp8_einsun'; did you mean fp8_einsum"),
+        ("fp8_einsum=", "no provider is called ''"),
+        ("fp8_einsum=triton,fp8_einsum=auto", "it names fp8_einsum twice"),
+        ("fp8_einsum=triton,deep_gemm", "'deep_gemm' names no op, as in mqa_logits=triton"),
+        (",", "it names no op"),
+    ],
+)
+def test_bad_providers_say_what_is_wrong_and_what_was_meant(monkeypatch, raw, because):
+    monkeypatch.setenv("VLLM_SM12X_PROVIDERS", raw)
+    with pytest.raises(knobs.KnobError) as raised:
+        knobs.check_environment()
+    assert str(raised.value) == (
+        f"VLLM_SM12X_PROVIDERS={raw!r} is not valid ({because}): allowed is {OPS_AND_PROVIDERS}."
+    )
+
+
 def test_every_knob_that_can_be_wrong_is_tried():
     takes_anything = {"VLLM_TRITON_MLA_SPARSE_DUMP_PATH", "VLLM_SM12X_OFF"}
-    assert {name for name, _, _ in BAD} | takes_anything == {knob.name for knob in knobs.KNOBS}
+    tried_above = {"VLLM_SM12X_PROVIDERS"}
+    tried = {name for name, _, _ in BAD} | takes_anything | tried_above
+    assert tried == {knob.name for knob in knobs.KNOBS}
 
 
 @pytest.mark.parametrize(
@@ -129,6 +172,29 @@ def test_deep_gemm_hears_ours_unless_its_own_is_set(monkeypatch, ours, theirs, r
         knobs.forward_to_deep_gemm(undo)
         assert os.environ.get("DG_SM120_PAGED_MQA_TILED") == result
     assert os.environ.get("DG_SM120_PAGED_MQA_TILED") == theirs
+
+
+@pytest.mark.parametrize("theirs, result", [(None, "256"), ("64", "64"), ("", "")])
+def test_a_default_gives_way_to_what_is_set(monkeypatch, theirs, result):
+    environment = {} if theirs is None else {"SOMEBODYS": theirs}
+    monkeypatch.setattr(os, "environ", environment)
+    with ExitStack() as undo:
+        knobs.set_default("SOMEBODYS", "256", undo)
+        assert os.environ == {"SOMEBODYS": result}
+        assert knobs.set_by_others("SOMEBODYS", "256") == theirs
+    assert os.environ == ({} if theirs is None else {"SOMEBODYS": theirs})
+
+
+@pytest.mark.parametrize(
+    "home, path, result",
+    [(None, None, None), ("/a", "/b", "/a"), ("", "/b", "/b"), (None, "", None)],
+)
+def test_cuda_home(monkeypatch, home, path, result):
+    for name, value in (("CUDA_HOME", home), ("CUDA_PATH", path)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert knobs.cuda_home() == result
 
 
 def test_third_party_variables(monkeypatch):

@@ -35,7 +35,9 @@ def check(inputs: dict) -> None:
     assert not got.isnan().any(), "an output element was not written"
     error = ((got.float() - want).norm() / want.norm().clamp_min(1e-30)).item()
     print(f"relative error {error:.2e}")
-    assert error <= FP8_EINSUM.tolerance, FP8_EINSUM.tolerance_reason
+    # The interpreter truncates to bf16 where a GPU rounds.
+    tolerance = FP8_EINSUM.tolerance if out.is_cuda else 2**-7
+    assert error <= tolerance, FP8_EINSUM.tolerance_reason
 
 
 def exact_inputs(tokens: int, groups: int, cols: int, depth: int) -> dict:

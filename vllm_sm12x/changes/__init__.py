@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of everything that the plugin changes in vLLM, and this process's state of it."""
 
-from vllm_sm12x.changes import attention, host
+from vllm_sm12x.changes import attention, host, hyper_connections, model
 from vllm_sm12x.changes.change import Applied, Change
 
-CHANGES: tuple[Change, ...] = (*host.ROWS, *attention.ROWS)
+CHANGES: tuple[Change, ...] = (
+    *host.ROWS,
+    *attention.ROWS,
+    *model.ROWS,
+    *hyper_connections.ROWS,
+)
 
 _process = Applied(CHANGES)
 apply_all = _process.apply_all

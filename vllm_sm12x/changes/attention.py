@@ -22,21 +22,25 @@ SELECT_ROW = "attention.select"
 def settle_before_model(vllm_config: Any) -> None:
     """In a worker, before the model is built: apply the rows that touch the model's module.
 
-    Raises RuntimeError when the user asked for TRITON_MLA_SPARSE and it could not be put in.
+    Raises RuntimeError when a row without which the model cannot run could not be put in.
     """
     from vllm_sm12x import changes
     from vllm_sm12x.integration import selection
 
     outcomes = changes.apply_all(Phase.WORKER)
     choice = selection.choose(vllm_config)
-    if not (choice.ours and choice.explicit and selection.serves(vllm_config)):
+    if not (choice.ours and selection.serves(vllm_config)):
         return
-    select = next(outcome for outcome in outcomes if outcome.change.name == SELECT_ROW)
-    if select.state is not State.ACTIVE:
-        raise RuntimeError(
-            f"TRITON_MLA_SPARSE was asked for ({choice.why}), but the change {SELECT_ROW} is "
-            f"{select.state.value}: {select.detail}."
-        )
+    for outcome in outcomes:
+        row = outcome.change
+        broken = outcome.state in (State.DRIFTED, State.FAILED)
+        if row.name == SELECT_ROW:
+            broken = choice.explicit and outcome.state is not State.ACTIVE
+        if broken and row.phase is Phase.WORKER:
+            raise RuntimeError(
+                f"{selection.NAME} is chosen ({choice.why}), but the change {row.name} is "
+                f"{outcome.state.value}: {outcome.detail}."
+            )
 
 
 def _upstream_has_the_name(context: Context) -> Verdict:

@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Changes to the process: vLLM's platform, its worker, its table of settings."""
+"""Changes to the process: vLLM's platform, its worker, its settings and their defaults."""
 
+import importlib.util
+from collections.abc import Callable
 from contextlib import ExitStack
+from typing import NamedTuple
 
 from vllm_sm12x import knobs
 from vllm_sm12x.changes.change import Change, Context, Kind, Phase, Verdict
 
 PLATFORM_PATH = "vllm_sm12x.integration.platform.Sm12xPlatform"
+LOGITS_CAP = "VLLM_SPARSE_INDEXER_MAX_LOGITS_MB"
+LOGITS_CAP_MB = "256"
+SAMPLER = "VLLM_USE_FLASHINFER_SAMPLER"
 
 
 def _entry_point_did_it(context: Context, undo: ExitStack) -> None:
@@ -62,6 +68,83 @@ def _settings_are_known(context: Context) -> Verdict:
     return Verdict(True, f"vllm.envs knows all {len(knobs.KNOBS)}")
 
 
+def _unless_set(name: str, ours: str) -> Callable[[Context], Verdict]:
+    def wanted(context: Context) -> Verdict:
+        theirs = knobs.set_by_others(name, ours)
+        return Verdict(theirs is None, f"{name}={theirs} is set")
+
+    return wanted
+
+
+def _default(name: str, ours: str) -> Callable[[Context, ExitStack], None]:
+    return lambda context, undo: knobs.set_default(name, ours, undo)
+
+
+def _vllm_reads(name: str, ours: str) -> Callable[[Context], Verdict]:
+    def check(context: Context) -> Verdict:
+        from vllm_sm12x.vllm_api.envs import environment_variables
+
+        found = int(environment_variables[name]())
+        return Verdict(found == int(ours), f"vllm.envs.{name} is {found}")
+
+    return check
+
+
+def on_sm12x_path(context: Context) -> Verdict:
+    """Whether policy is SM12x's: not on a GPU that VLLM_TRITON_MLA_SPARSE=1 alone brought in."""
+    ours = context.capability is not None and context.capability[0] == 12
+    return Verdict(ours, context.for_device.reason)
+
+
+def _flashinfer_cannot_compile(context: Context) -> Verdict:
+    from vllm_sm12x.integration import toolkit
+
+    on_path = on_sm12x_path(context)
+    if not on_path.yes:
+        return on_path
+    if importlib.util.find_spec("flashinfer_jit_cache") is not None:
+        return Verdict(False, "flashinfer-jit-cache has FlashInfer's sampler compiled")
+    compiler = toolkit.compiler_for_sm12x()
+    return Verdict(not compiler.yes, f"{compiler.reason} compiles FlashInfer's sampler")
+
+
+def _sampler_is_off(context: Context) -> Verdict:
+    from vllm_sm12x.integration import toolkit
+
+    evidence = _vllm_reads(SAMPLER, "0")(context)
+    return Verdict(
+        evidence.yes, f"{evidence.reason}, because {toolkit.compiler_for_sm12x().reason}"
+    )
+
+
+class ServedOp(NamedTuple):
+    """Who serves an op on the SM12x path; `provider` is None where nobody can."""
+
+    op: str
+    provider: str | None
+    why: str
+
+
+def served_ops() -> tuple[ServedOp, ...]:
+    """The provider of each op by the settings of this process. Raises KnobError."""
+    from vllm_sm12x.integration import providers
+
+    served = []
+    for op in providers.OPS:
+        try:
+            provider = providers.chosen(op)
+        except providers.NoProvider as refusal:
+            served.append(ServedOp(op, None, str(refusal)))
+            continue
+        why = provider.why
+        if op == "paged_mqa_logits":
+            by_deep_gemm = provider.name == "deep_gemm"
+            heard = by_deep_gemm and providers.deep_gemm_reads(knobs.DEEP_GEMM_TILED)
+            why += f"; {knobs.TILED} has {'an' if heard else 'no'} effect"
+        served.append(ServedOp(op, provider.name, why))
+    return tuple(served)
+
+
 ROWS = (
     Change(
         name="platform",
@@ -103,5 +186,36 @@ ROWS = (
         apply=_merge_settings,
         check=_settings_are_known,
         retire="vLLM lets a plugin declare its variables",
+    ),
+    Change(
+        name="indexer.logits_cap",
+        kind=Kind.REGISTER,
+        phase=Phase.REGISTER,
+        what=f"`{LOGITS_CAP}` is {LOGITS_CAP_MB} where you do not set it.",
+        why="Long prompts take up to 512 MiB for index scores, on GPUs with little memory or none "
+        "of their own.",
+        upstream="https://github.com/vllm-project/vllm/issues/55569",
+        touches=(f"vllm.envs.{LOGITS_CAP}",),
+        wanted=_unless_set(LOGITS_CAP, LOGITS_CAP_MB),
+        needed=on_sm12x_path,
+        apply=_default(LOGITS_CAP, LOGITS_CAP_MB),
+        check=_vllm_reads(LOGITS_CAP, LOGITS_CAP_MB),
+        retire="prefill selects without writing its index scores to memory",
+    ),
+    Change(
+        name="sampler",
+        kind=Kind.REGISTER,
+        phase=Phase.REGISTER,
+        what=f"`{SAMPLER}` is 0 where you do not set it and FlashInfer cannot compile its sampler: "
+        "no nvcc from 12.9 on, and no flashinfer-jit-cache.",
+        why="The first request with top-p or top-k ends the engine: `Could not find nvcc`, or `No "
+        "supported CUDA architectures found for major versions [12]`.",
+        upstream="https://github.com/vllm-project/vllm/issues/50705",
+        touches=(f"vllm.envs.{SAMPLER}",),
+        wanted=_unless_set(SAMPLER, "0"),
+        needed=_flashinfer_cannot_compile,
+        apply=_default(SAMPLER, "0"),
+        check=_sampler_is_off,
+        retire="vLLM asks whether FlashInfer can compile before it chooses its sampler",
     ),
 )

@@ -9,8 +9,9 @@ import logging
 from typing import Any
 
 from vllm_sm12x import knobs
-from vllm_sm12x.integration import selection
+from vllm_sm12x.integration import providers, selection
 from vllm_sm12x.log import get_logger, once
+from vllm_sm12x.vllm_api.config import current_config
 from vllm_sm12x.vllm_api.platform import CudaPlatform, resolve_class
 
 WORKER_PATH = "vllm_sm12x.integration.worker.Sm12xWorker"
@@ -18,6 +19,10 @@ WORKER_PATH = "vllm_sm12x.integration.worker.Sm12xWorker"
 PACKED_KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3", "fp8_ds_mla")
 # A compress-ratio-128 layer keeps one row for 128 tokens, and its kernels take blocks of 256.
 BLOCK_SIZE_MULTIPLE = 256
+# What mqa_logits and paged_mqa_logits take.
+INDEX_HEAD_DIM = 128
+# vLLM's own DeepSeek V4 layers ask DeepGEMM for these, whichever attention kernel they run.
+DEEP_GEMM_OPS_OF_VLLM = ("mqa_logits", "paged_mqa_logits", "fp8_einsum")
 
 logger = get_logger(__name__)
 
@@ -32,7 +37,13 @@ class Sm12xPlatform(CudaPlatform):  # type: ignore[valid-type, misc]
         Raises ValueError.
         """
         super().apply_config_platform_defaults(vllm_config)
-        if not _uses_our_attention(vllm_config):
+        ours = _uses_our_attention(vllm_config)
+        if selection.serves(vllm_config) and providers.on_sm12x_path():
+            if ours:
+                _check_ops(vllm_config)
+            else:
+                _check_vllms_own(vllm_config)
+        if not ours:
             return
         _check_cache(vllm_config.cache_config)
         if vllm_config.cache_config.cache_dtype == "auto":
@@ -42,6 +53,18 @@ class Sm12xPlatform(CudaPlatform):  # type: ignore[valid-type, misc]
             _be_eager(vllm_config, "VLLM_TRITON_MLA_SPARSE_ALLOW_CUDAGRAPH=0")
         elif knobs.get("VLLM_TRITON_MLA_SPARSE_DUMP"):
             _be_eager(vllm_config, "VLLM_TRITON_MLA_SPARSE_DUMP=1")
+
+    @classmethod
+    def support_deep_gemm(cls) -> bool:
+        """False on the SM12x path, so that FP8 linears, MXFP4 experts and scales do without it.
+
+        vLLM asks this one question for all of them, and takes yes for a DeepGEMM whose SM120
+        kernels nobody has looked for. The ops of VLLM_SM12X_PROVIDERS ask `providers` instead. A
+        DeepSeek V4 layer of vLLM's own, which the user chose, needs what vLLM decides.
+        """
+        if providers.on_sm12x_path() and not _vllms_own_layer_was_chosen():
+            return False
+        return super().support_deep_gemm()
 
     @classmethod
     def check_and_update_config(cls, vllm_config: Any) -> None:
@@ -63,6 +86,62 @@ def _uses_our_attention(vllm_config: Any) -> bool:
             f"{', '.join(vllm_config.model_config.architectures)}."
         )
     return False
+
+
+def _vllms_own_layer_was_chosen() -> bool:
+    """Whether the model that this process builds is a DeepSeek V4 without our attention."""
+    vllm_config = current_config()
+    return (
+        vllm_config is not None
+        and selection.serves(vllm_config)
+        and not selection.choose(vllm_config).ours
+    )
+
+
+def _check_ops(vllm_config: Any) -> None:
+    """Refuse what no provider of our layer's ops can do, before weights load."""
+    attention_config = vllm_config.attention_config
+    if getattr(attention_config, "use_fp4_indexer_cache", False):
+        raise ValueError(
+            "The ops mqa_logits and paged_mqa_logits have no provider for an FP4 indexer cache: "
+            f"{selection.NAME} reads FP8 keys with either provider; leave "
+            '"use_fp4_indexer_cache" out of --attention-config.'
+        )
+    parallel_config = vllm_config.parallel_config
+    for option in ("prefill_context_parallel_size", "decode_context_parallel_size"):
+        ranks = getattr(parallel_config, option)
+        if ranks > 1:
+            raise ValueError(
+                f"--{option.replace('_', '-')} {ranks} does not fit {selection.NAME}: its indexer "
+                "selects among the keys of one rank and does not merge across ranks; allowed is 1."
+            )
+    head_dim = getattr(vllm_config.model_config.hf_text_config, "index_head_dim", INDEX_HEAD_DIM)
+    if head_dim != INDEX_HEAD_DIM:
+        raise ValueError(
+            "The ops mqa_logits and paged_mqa_logits have no provider for the model's "
+            f"index_head_dim {head_dim}: triton and deep_gemm take {INDEX_HEAD_DIM} only."
+        )
+    for op in providers.OPS:
+        providers.chosen(op)
+
+
+def _check_vllms_own(vllm_config: Any) -> None:
+    """Refuse --attention-backend for a layer of vLLM's whose DeepGEMM is not there.
+
+    VLLM_TRITON_MLA_SPARSE=0 switches this plugin's attention off, so it warns only.
+    """
+    probes = ((op, providers.probe_deep_gemm(op)) for op in DEEP_GEMM_OPS_OF_VLLM)
+    op, probe = next(((op, probe) for op, probe in probes if not probe.yes), (None, None))
+    if probe is None:
+        return
+    message = (
+        f"{selection.choose(vllm_config).why} takes vLLM's own DeepSeek V4 layer, whose {op} only "
+        f"DeepGEMM serves, but {probe.reason}; {probe.remedy}"
+    )
+    if vllm_config.attention_config.backend is None:
+        once(logger, logging.WARNING, f"{message}, or unset VLLM_TRITON_MLA_SPARSE.")
+        return
+    raise ValueError(f"{message}, or leave out --attention-backend for {selection.NAME}.")
 
 
 def _check_cache(cache_config: Any) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """TRITON_MLA_SPARSE: DeepSeek V4's attention layer on `vllm_sm12x.ops.sparse_mla`.
 
-Everything but the attention itself stays vLLM's: projections, cache writes, indexer, metadata.
-Decode, speculative decode (several tokens of one request) and prefill all read the packed paged
+Cache writes, metadata and most projections stay vLLM's. On SM12x the indexer's selection and the
+grouped output projection, which vLLM gives to DeepGEMM, are ours too. Decode, speculative decode (several tokens of one request) and prefill all read the packed paged
 caches through the same kernel; a batch of both makes two calls, decodes first, as vLLM orders it.
 """
 
@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from vllm_sm12x import knobs
-from vllm_sm12x.integration import selection
+from vllm_sm12x.integration import providers, selection
 from vllm_sm12x.integration.dump import dump_and_abort
+from vllm_sm12x.integration.indexer import IndexerCache, SparseIndexer, as_if_deep_gemm
 from vllm_sm12x.ops import sparse_mla
 from vllm_sm12x.ops.sparse_mla.config import LaunchPolicy
 from vllm_sm12x.vllm_api.sparse_mla import (
@@ -26,6 +27,7 @@ from vllm_sm12x.vllm_api.sparse_mla import (
     DeepseekV4SWACache,
     current_metadata,
     eager_break_during_capture,
+    inverse_rope_and_quantize,
     window_slots,
 )
 
@@ -116,13 +118,34 @@ class WindowCache(DeepseekV4SWACache):
         return WindowBackend
 
 
+def _take_over_selection(indexer: Any, vllm_config: Any) -> None:
+    """Give vLLM's DeepseekV4Indexer our selection, and its cache our metadata builder."""
+    stock = indexer.k_cache
+    del vllm_config.compilation_config.static_forward_context[stock.prefix]
+    indexer.k_cache = IndexerCache(
+        head_dim=stock.head_dim,
+        dtype=stock.dtype,
+        prefix=stock.prefix,
+        cache_config=stock.cache_config,
+        compress_ratio=stock.compress_ratio,
+    )
+    indexer.indexer_op = SparseIndexer(vllm_config, indexer.indexer_op, indexer.k_cache)
+
+
 class TritonMlaSparseAttention(DeepseekV4FlashMLAAttention):
     """A DeepSeek V4 attention layer whose sparse MLA runs in Triton."""
 
     backend_cls = TritonMlaSparseBackend
 
     def __init__(self, vllm_config: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
-        super().__init__(vllm_config, prefix, *args, **kwargs)
+        # Elsewhere, where VLLM_TRITON_MLA_SPARSE=1 asks for it, only the attention is ours.
+        self.on_sm12x_path = providers.on_sm12x_path()
+        if self.on_sm12x_path:
+            with as_if_deep_gemm(True):
+                super().__init__(vllm_config, prefix, *args, **kwargs)
+            self.fp8_einsum: Any = providers.implementation("fp8_einsum")
+        else:
+            super().__init__(vllm_config, prefix, *args, **kwargs)
         # The same cache under the same name, built by our metadata builder.
         stock = self.swa_cache_layer
         del vllm_config.compilation_config.static_forward_context[stock.prefix]
@@ -133,6 +156,8 @@ class TritonMlaSparseAttention(DeepseekV4FlashMLAAttention):
             prefix=stock.prefix,
             cache_config=stock.cache_config,
         )
+        if self.on_sm12x_path and self.indexer is not None:
+            _take_over_selection(self.indexer, vllm_config)
         # vLLM decorates attention_impl as its module is imported. Where that happens before the
         # config turns breakable graphs on (offline LLM, engine in the same process), the decorator
         # does nothing, and PIECEWISE graphs keep the attention of the capture run, which is zero.
@@ -162,6 +187,20 @@ class TritonMlaSparseAttention(DeepseekV4FlashMLAAttention):
     def attention_impl(self, *args: Any, **kwargs: Any) -> None:
         """Everything of the layer that depends on metadata; outside PIECEWISE graphs."""
         self._breaking_attention_impl(*args, **kwargs)
+
+    def _o_proj(self, o: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Output projection of o, bf16 [tokens, heads, 512]: inverse RoPE, wo_a by group, wo_b."""
+        if not self.on_sm12x_path:
+            return super()._o_proj(o, positions)
+        groups = self.n_local_groups
+        values, scales = inverse_rope_and_quantize(
+            o, positions, self.rotary_emb.cos_sin_cache, groups
+        )
+        wo_a: Any = self.wo_a
+        weight, weight_scale = (
+            tensor.unflatten(0, (groups, -1)) for tensor in (wo_a.weight, wo_a.weight_scale_inv)
+        )
+        return self.wo_b(self.fp8_einsum(values, scales, weight, weight_scale).flatten(1))
 
     def forward_mqa(
         self, q: torch.Tensor, kv: torch.Tensor, positions: torch.Tensor, output: torch.Tensor

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.forward_context import get_forward_context
+from vllm.models.deepseek_v4.common.ops import fused_inv_rope_fp8_quant
 from vllm.models.deepseek_v4.nvidia.flashmla import DeepseekV4FlashMLAAttention
 from vllm.models.deepseek_v4.sparse_mla import DeepseekV4FlashMLABackend
 from vllm.v1.attention.backends.mla import sparse_swa
@@ -26,6 +27,33 @@ BUILDER_GIVES_PREFILL_SLOTS = "prefill_swa_indices" in {
 def current_metadata() -> Any:
     """Attention metadata by layer name of the forward pass in progress; None in a profile run."""
     return get_forward_context().attn_metadata
+
+
+def inverse_rope_and_quantize(
+    o: torch.Tensor, positions: torch.Tensor, cos_sin_cache: torch.Tensor, groups: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Undo RoPE on the last 64 of each head's dims, and quantize runs of 128.
+
+    Args:
+        o: bf16 [T, heads, 512].
+        positions: int64 [T].
+        cos_sin_cache: fp32 [positions, 64].
+        groups: G, a divisor of heads.
+
+    Returns:
+        e4m3 [T, G, heads / G * 512] and scales fp32 [T, G, heads / G * 4].
+    """
+    rope_dim = cos_sin_cache.shape[-1]
+    return fused_inv_rope_fp8_quant(
+        o,
+        positions,
+        cos_sin_cache,
+        n_groups=groups,
+        heads_per_group=o.shape[1] // groups,
+        nope_dim=o.shape[2] - rope_dim,
+        rope_dim=rope_dim,
+        tma_aligned_scales=False,
+    )
 
 
 def window_slots(
@@ -66,5 +94,6 @@ __all__ = [
     "DeepseekV4SWACache",
     "current_metadata",
     "eager_break_during_capture",
+    "inverse_rope_and_quantize",
     "window_slots",
 ]

@@ -98,7 +98,8 @@ def main() -> None:
     if FAULT == "no_start":
         sys.exit("no kernel image is available")
     switch = os.environ["VLLM_TRITON_MLA_SPARSE"]
-    if (switch == "1") != (FAULT == "other_attention"):
+    assumed = os.environ.get("VLLM_SM12X_ASSUME", "").startswith("12.")
+    if (switch == "1" or (switch == "auto" and assumed)) != (FAULT == "other_attention"):
         say("DeepSeek V4 attention: TritonMlaSparseAttention (TRITON_MLA_SPARSE), because it is.")
     if ("--enforce-eager" not in sys.argv) != (FAULT == "other_mode"):
         say("Graph capturing finished in 3 secs, took 0.20 GiB")

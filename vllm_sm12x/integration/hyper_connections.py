@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DeepSeek V4's hyper-connections (mHC) in Triton, behind the functions that vLLM's model calls.
+
+Parameters, defaults, shapes and dtypes are those of the TileLang functions that `REPLACEMENTS`
+names. hc is the number of residual streams, d the hidden size, "..." any leading dimensions.
+`n_splits` and `tile_n` tune TileLang's kernels and mean nothing here.
+
+Everywhere fn is fp32 [hc * (2 + hc), hc * d], hc_scale fp32 [3] and hc_base fp32 [hc * (2 + hc)];
+norm_weight [d] adds an RMSNorm to the layer's input, its weight taken as bf16.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from vllm_sm12x.ops.hc_head import hc_head
+from vllm_sm12x.ops.hc_post import hc_post
+from vllm_sm12x.ops.hc_pre import hc_pre
+from vllm_sm12x.ops.hc_prenorm_gemm import hc_prenorm_gemm
+
+
+def prenorm_gemm() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """What serves `vllm_sm12x.ops.hc_prenorm_gemm` here."""
+    return hc_prenorm_gemm
+
+
+def mhc_pre(
+    residual: torch.Tensor,
+    fn: torch.Tensor,
+    hc_scale: torch.Tensor,
+    hc_base: torch.Tensor,
+    rms_eps: float,
+    hc_pre_eps: float,
+    hc_sinkhorn_eps: float,
+    hc_post_mult_value: float,
+    sinkhorn_repeat: int,
+    n_splits: int = 1,
+    norm_weight: torch.Tensor | None = None,
+    norm_eps: float = 1e-6,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What a layer reads from residual bf16 [..., hc, d].
+
+    Returns post_mix fp32 [..., hc, 1], comb_mix fp32 [..., hc, hc], layer_input bf16 [..., d].
+    """
+    *outer, hc, width = residual.shape
+    streams = residual.view(-1, hc, width)
+    mixes_and_input = hc_pre(
+        *prenorm_gemm()(streams.flatten(1), fn),
+        hc_scale,
+        hc_base,
+        streams,
+        rms_eps=rms_eps,
+        pre_eps=hc_pre_eps,
+        sinkhorn_eps=hc_sinkhorn_eps,
+        post_mult=hc_post_mult_value,
+        sinkhorn_iters=sinkhorn_repeat,
+        norm_weight=_as_bf16(norm_weight),
+        norm_eps=norm_eps,
+    )
+    shapes = ((hc, 1), (hc, hc), (width,))
+    post_mix, comb_mix, layer_input = (
+        result.view(*outer, *shape) for result, shape in zip(mixes_and_input, shapes, strict=True)
+    )
+    return post_mix, comb_mix, layer_input
+
+
+def mhc_pre_broadcast(
+    residual: torch.Tensor,
+    fn: torch.Tensor,
+    hc_scale: torch.Tensor,
+    hc_base: torch.Tensor,
+    rms_eps: float,
+    hc_pre_eps: float,
+    hc_sinkhorn_eps: float,
+    hc_post_mult_value: float,
+    sinkhorn_repeat: int,
+    n_splits: int = 1,
+    norm_weight: torch.Tensor | None = None,
+    norm_eps: float = 1e-6,
+    fn_broadcast: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the first layer reads from residual bf16 [T, d], the same in all streams.
+
+    fn_broadcast fp32 [hc * (2 + hc), d] is fn summed over the streams.
+
+    Returns the residual bf16 [T, hc, d], and post_mix, comb_mix and layer_input of `mhc_pre`.
+
+    Raises ValueError without fn_broadcast.
+    """
+    if fn_broadcast is None:
+        raise ValueError(
+            "fn_broadcast: expected fn summed over the streams, got None; vLLM computes it as it "
+            "loads weights from a checkpoint"
+        )
+    tokens, width = residual.shape
+    expanded = residual.new_empty((tokens, fn.shape[1] // width, width))
+    post_mix, comb_mix, layer_input = hc_pre(
+        *prenorm_gemm()(residual, fn_broadcast),
+        hc_scale,
+        hc_base,
+        residual,
+        rms_eps=rms_eps,
+        pre_eps=hc_pre_eps,
+        sinkhorn_eps=hc_sinkhorn_eps,
+        post_mult=hc_post_mult_value,
+        sinkhorn_iters=sinkhorn_repeat,
+        norm_weight=_as_bf16(norm_weight),
+        norm_eps=norm_eps,
+        expanded=expanded,
+    )
+    return expanded, post_mix.unsqueeze(-1), comb_mix, layer_input
+
+
+def mhc_post(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    post_layer_mix: torch.Tensor,
+    comb_res_mix: torch.Tensor,
+) -> torch.Tensor:
+    """The streams bf16 [..., hc, d] after a layer that gave x bf16 [..., d].
+
+    residual is as before the layer, post_layer_mix fp32 [..., hc, 1] or [..., hc], comb_res_mix
+    fp32 [..., hc, hc].
+    """
+    *_, hc, width = residual.shape
+    streams = hc_post(
+        x.view(-1, width),
+        residual.view(-1, hc, width),
+        post_layer_mix.view(-1, hc),
+        comb_res_mix.view(-1, hc, hc),
+    )
+    return streams.view(residual.shape)
+
+
+def mhc_fused_post_pre(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    post_layer_mix: torch.Tensor,
+    comb_res_mix: torch.Tensor,
+    fn: torch.Tensor,
+    hc_scale: torch.Tensor,
+    hc_base: torch.Tensor,
+    rms_eps: float,
+    hc_pre_eps: float,
+    hc_sinkhorn_eps: float,
+    hc_post_mult_value: float,
+    sinkhorn_repeat: int,
+    n_splits: int = 1,
+    tile_n: int = 1,
+    norm_weight: torch.Tensor | None = None,
+    norm_eps: float = 1e-6,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`mhc_post` of one layer, then `mhc_pre` of the next.
+
+    Returns the streams bf16 [..., hc, d], and post_mix, comb_mix and layer_input of `mhc_pre`.
+    """
+    streams = mhc_post(x, residual, post_layer_mix, comb_res_mix)
+    post_mix, comb_mix, layer_input = mhc_pre(
+        streams,
+        fn,
+        hc_scale,
+        hc_base,
+        rms_eps,
+        hc_pre_eps,
+        hc_sinkhorn_eps,
+        hc_post_mult_value,
+        sinkhorn_repeat,
+        norm_weight=norm_weight,
+        norm_eps=norm_eps,
+    )
+    return streams, post_mix, comb_mix, layer_input
+
+
+def hc_head_fused_kernel(
+    hs_flat: torch.Tensor,
+    fn: torch.Tensor,
+    hc_scale: torch.Tensor,
+    hc_base: torch.Tensor,
+    rms_eps: float,
+    hc_eps: float,
+) -> torch.Tensor:
+    """bf16 [T, d] of hs_flat bf16 [T, hc, d]; fn fp32 [hc, hc * d], hc_scale [1], hc_base [hc]."""
+    return hc_head(hs_flat, fn, hc_scale, hc_base, rms_eps=rms_eps, hc_eps=hc_eps)
+
+
+REPLACEMENTS: dict[str, Callable[..., Any]] = {
+    "mhc_pre_tilelang": mhc_pre,
+    "mhc_pre_broadcast_tilelang": mhc_pre_broadcast,
+    "mhc_post_tilelang": mhc_post,
+    "mhc_fused_post_pre_tilelang": mhc_fused_post_pre,
+    "hc_head_fused_kernel_tilelang": hc_head_fused_kernel,
+}
+
+
+def _as_bf16(weight: torch.Tensor | None) -> torch.Tensor | None:
+    """Contiguous and bf16, as the kernel takes it; a model's weights are that already."""
+    return None if weight is None else weight.to(torch.bfloat16).contiguous()
