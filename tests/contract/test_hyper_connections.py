@@ -244,6 +244,7 @@ def test_layers_compute_what_vllm_computes_in_torch(forward, vllm_version):
     assert forward["state"][0] == "active", forward["state"]
     assert forward["firsts"] == ["embedding", "streams"][vllm_version < (0, 26) :]
     for name, (same_kind, error) in forward["compared"].items():
+        print(f"{name}: relative error {error:.1e}")
         assert same_kind, f"{name}: another shape or dtype"
         # Two layers of bf16 roundings; the interpreter truncates, some 2^-8 at each of them.
-        assert error <= 2**-5, f"{name}: relative error {error:.1e}"
+        assert error <= 2**-6, f"{name}: relative error {error:.1e}"

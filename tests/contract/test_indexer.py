@@ -63,9 +63,7 @@ class Requests:
     def selected(self) -> list[set[int]]:
         """The best TOP_K compressed keys of each token, by loops."""
         found, token = [], 0
-        for request, (new, context) in enumerate(
-            zip(self.query_lens, self.contexts, strict=True)
-        ):
+        for request, (new, context) in enumerate(zip(self.query_lens, self.contexts, strict=True)):
             for position in range(context - new, context):
                 seen = (position + 1) // RATIO
                 scores = []

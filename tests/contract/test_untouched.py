@@ -54,7 +54,7 @@ answer({
     "table": [[row.name, row.kind.name, row.touches] for row in changes.CHANGES],
 })
 """,
-        env={"VLLM_DEEP_GEMM_SM120_PAGED_MQA_TILED": "0"},
+        env={"VLLM_DEEP_GEMM_SM120_PAGED_MQA_TILED": "0", "CUDA_HOME": "/nowhere"},
     ).answer
 
 
@@ -67,8 +67,8 @@ def test_only_declared_symbols_change(applied):
     assert applied["symbols"] > 5000, "the snapshot must cover vLLM"
     wraps = [touches for _, kind, touches in applied["table"] if kind in ("WRAP", "REPLACE")]
     declared = {symbol for touches in wraps for symbol in touches}
-    assert len(applied["changed"]) == len(wraps)
     assert set(applied["changed"]) <= declared
+    assert all(set(touches) & set(applied["changed"]) for touches in wraps)
 
 
 def test_a_second_apply_changes_nothing(applied):

@@ -81,7 +81,8 @@ def test_strided_streams(apart):
     want = hc_head(**inputs)
     storage = torch.full((9, 7, 40 + apart), math.nan, device=DEVICE).bfloat16()
     inputs["hs"] = storage[1:6, 2:6, :40].copy_(inputs["hs"])
-    assert torch.equal(hc_head(**inputs), want)
+    error = (hc_head(**inputs).float() - want.float()).norm() / want.float().norm()
+    assert error.item() <= 2**-9
 
 
 def test_addresses_beyond_two_gib():

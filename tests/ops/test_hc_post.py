@@ -69,7 +69,8 @@ def test_strided_inputs_and_output(padding, tokens, width):
         inner = tuple(slice(0, size) for size in tensor.shape)
         inputs[name] = storages[name][inner].copy_(tensor)
     hc_post(**inputs)
-    assert torch.equal(inputs["out"], want)
+    error = (inputs["out"].float() - want.float()).norm() / want.float().norm()
+    assert error.item() <= 2**-9
     inputs["out"].fill_(1e6)
     assert (storages["out"] == storages["out"].flatten()[0]).all()
 

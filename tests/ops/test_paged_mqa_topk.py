@@ -148,6 +148,21 @@ def test_lists_are_cut_many_times(scores, num_splits, topk):
 
 
 @pytest.mark.parametrize("num_splits", [1, 4])
+def test_the_least_step_above_a_tie_wins(num_splits):
+    """Lists full of ties are cut at the tie: one unit in the last place more must still pass."""
+    inputs = paged_mqa_topk_inputs(
+        PagedMqaTopkShape(2, 600, 6, heads=1, scores="constant", lens="full"), device=DEVICE
+    )
+    one_more = torch.nextafter(torch.tensor(1.0), torch.tensor(2.0))
+    for position in (70, 299, 300, 580):
+        page = inputs["cache"][inputs["block_table"][0, position // 64].item()].flatten()
+        page[64 * 128 :].view(torch.float32)[position % 64] = one_more
+    out = check(inputs, config=SMALL_LISTS, num_splits=num_splits)
+    for row in out.tolist():
+        assert {70, 299, 300, 580} < set(row)
+
+
+@pytest.mark.parametrize("num_splits", [1, 4])
 def test_every_length_around_topk_and_the_capacity_of_a_list(num_splits):
     topk = 8
     around = (0, topk, 16, SMALL_LISTS.chunk, capacity(topk, SMALL_LISTS.chunk), 130, 200)
@@ -222,16 +237,18 @@ def test_strided_arguments_and_output():
     assert (out[:, :6] == 77).all() and (out[:, 13:] == 77).all(), "wrote past its columns"
 
 
-def test_cache_addresses_beyond_32_bits():
+@pytest.mark.parametrize("block_size", [48, 64])
+def test_cache_addresses_beyond_32_bits(block_size):
     """A page whose byte offset does not fit 32 bits: int32 arithmetic would read elsewhere."""
-    inputs = paged_mqa_topk_inputs(PagedMqaTopkShape(1, 60, 9, heads=2), device=DEVICE)
+    shape = PagedMqaTopkShape(1, 40, 9, heads=2, block_size=block_size)
+    inputs = paged_mqa_topk_inputs(shape, device=DEVICE)
     small = inputs["cache"]
     want = set(paged_mqa_topk(**inputs)[0].tolist())
-    page_bytes = 64 * 132
+    page_bytes = block_size * 132
     pages = 2**32 // page_bytes + 2
     storage = torch.empty(pages * page_bytes, dtype=torch.uint8, device=DEVICE)
     storage[-page_bytes:] = small[inputs["block_table"][0, 0].item()].flatten()
-    inputs["cache"] = storage.view(pages, 64, 1, 132)
+    inputs["cache"] = storage.view(pages, block_size, 1, 132)
     inputs["block_table"][:] = pages - 1
     assert set(paged_mqa_topk(**inputs)[0].tolist()) == want
 
@@ -240,7 +257,7 @@ def test_a_small_scratch_memory_gives_the_same_in_chunks():
     inputs = paged_mqa_topk_inputs(
         PagedMqaTopkShape(23, 120, 8, requests=3, heads=2, padding=2), device=DEVICE
     )
-    one_row = 4 * (2 * SMALL_LISTS.chunk + 2 * capacity(8, SMALL_LISTS.chunk))
+    one_row = 4 * (2 * SMALL_LISTS.chunk + 2 * capacity(8, SMALL_LISTS.chunk) + 1)
     want = check(inputs, config=SMALL_LISTS).sort(1).values
     for rows in (1, 5, 26):
         out = check(inputs, config=SMALL_LISTS, max_scratch_bytes=rows * one_row)
@@ -249,7 +266,8 @@ def test_a_small_scratch_memory_gives_the_same_in_chunks():
 
 def test_splits_fill_the_gpu_and_follow_from_shapes():
     assert splits(2048, 2**20, 512, sms=188) == 1
-    assert splits(256, 32_768, 512, sms=188) == 4
+    assert splits(256, 32_768, 512, sms=188) == 1
+    assert splits(90, 32_768, 512, sms=188) == 4
     assert splits(32, 32_768, 512, sms=188) == 16
     assert splits(1, 2**20, 2048, sms=188) == 4, "a merge would not hold more"
     assert splits(1, 3000, 512, sms=188) == 1, "too few keys for a second list"
@@ -274,7 +292,7 @@ BAD = {
         "max_scratch_bytes",
         lambda n: 1000,
         ValueError,
-        "max_scratch_bytes: expected at least 12288, what one row of topk 9 needs, got 1000",
+        "max_scratch_bytes: expected at least 24580, what one row of topk 9 needs, got 1000",
     ),
     "device": ("weights", lambda t: t.to("meta"), ValueError, "weights: expected device"),
 }

@@ -78,7 +78,7 @@ ROWS = (
         kind=Kind.WRAP,
         phase=Phase.WORKER,
         what="UE8M0 weight scales of FP8 linear layers become fp32 when the weights are loaded.",
-        why="CUTLASS's kernel reads the bytes of a UE8M0 scale as fp32, and vLLM ends with `Expected "
+        why="vLLM hands them to CUTLASS as they are, and ends in the profile run: `Expected "
         "b_scales.scalar_type() == Float`.",
         upstream="https://github.com/vllm-project/vllm/issues/47818",
         touches=(

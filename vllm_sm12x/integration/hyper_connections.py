@@ -9,20 +9,22 @@ Everywhere fn is fp32 [hc * (2 + hc), hc * d], hc_scale fp32 [3] and hc_base fp3
 norm_weight [d] adds an RMSNorm to the layer's input, its weight taken as bf16.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from vllm_sm12x.integration import providers
 from vllm_sm12x.ops.hc_head import hc_head
 from vllm_sm12x.ops.hc_post import hc_post
 from vllm_sm12x.ops.hc_pre import hc_pre
-from vllm_sm12x.ops.hc_prenorm_gemm import hc_prenorm_gemm
 
 
+@functools.cache
 def prenorm_gemm() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """What serves `vllm_sm12x.ops.hc_prenorm_gemm` here."""
-    return hc_prenorm_gemm
+    """What serves `vllm_sm12x.ops.hc_prenorm_gemm` in this process."""
+    return providers.implementation("hc_prenorm_gemm")
 
 
 def mhc_pre(

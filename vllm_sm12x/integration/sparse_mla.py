@@ -2,7 +2,9 @@
 """TRITON_MLA_SPARSE: DeepSeek V4's attention layer on `vllm_sm12x.ops.sparse_mla`.
 
 Cache writes, metadata and most projections stay vLLM's. On SM12x the indexer's selection and the
-grouped output projection, which vLLM gives to DeepGEMM, are ours too. Decode, speculative decode (several tokens of one request) and prefill all read the packed paged
+grouped output projection, which vLLM gives to DeepGEMM, are ours too.
+
+Decode, speculative decode (several tokens of one request) and prefill all read the packed paged
 caches through the same kernel; a batch of both makes two calls, decodes first, as vLLM orders it.
 """
 

@@ -22,8 +22,8 @@ class LaunchConfig:
 
 # hc_prenorm_gemm makes the more parts the fewer tokens there are: 128 and more up to some 200
 # tokens, some 10 at 4,096. Many parts go to a program a token, for latency. Where they are few,
-# tokens are many and share a program: the Sinkhorn iterations of 16 tokens cost it no more
-# instructions than those of one, 16 cells a token on 256 threads.
+# tokens are many and share a program: the Sinkhorn iterations of 16 tokens cost it at most twice
+# the instructions of those of one, 16 cells a token on 256 threads.
 CONFIGS = (
     LaunchConfig(block_t=16, block_s=8),
     LaunchConfig(block_t=4, block_s=32),

@@ -200,7 +200,7 @@ def hc_pre_kernel(
         row = tl.load(row_ptrs + columns[None, :], mask=in_row[None, :], other=0.0)
         if HAS_NORM:
             norm_weight = tl.load(norm_weight_ptr + columns, mask=in_row, other=0.0)
-        if HAS_EXPANDED:  # not after the gates: nothing below needs the row as bf16
+        if HAS_EXPANDED:  # before the gates, so that the row need not be kept for it
             k = tl.arange(0, HC).to(tl.int64)
             expanded_ptrs = expanded_ptr + t * expanded_stride_t + k[:, None] * expanded_stride_k
             copies = tl.broadcast_to(row, (HC, BLOCK_D))

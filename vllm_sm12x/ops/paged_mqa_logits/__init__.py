@@ -60,7 +60,7 @@ def paged_mqa_logits(
     check_tensor("q", q, torch.float8_e4m3fn, (None, None, None, HEAD_DIM))
     requests, next_n, heads, _ = q.shape
     check_heads(heads)
-    _check_cache(cache)
+    check_cache(cache)
     check_tensor("weights", weights, torch.float32, (requests * next_n, heads))
     lens_per_row = context_lens.dim() == 2
     lens_shape = (requests, next_n) if lens_per_row else (requests,)
@@ -125,7 +125,8 @@ def paged_mqa_logits(
     return out
 
 
-def _check_cache(cache: torch.Tensor) -> None:
+def check_cache(cache: torch.Tensor) -> None:
+    """Raise unless `cache` is uint8 [blocks, block_size, 1, 132] with packed, aligned pages."""
     if cache.dtype != torch.uint8:
         raise TypeError(f"cache: expected dtype torch.uint8, got {cache.dtype}")
     if cache.dim() != 4 or cache.shape[1] < 1 or cache.shape[2:] != (1, ROW_BYTES):

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from vllm_sm12x.ops.launch import dot_dtype, multiprocessors, on_device
 from vllm_sm12x.ops.mqa_logits import HEAD_DIM, check_devices, check_heads, check_tensor
-from vllm_sm12x.ops.paged_mqa_logits import _check_cache
+from vllm_sm12x.ops.paged_mqa_logits import check_cache
 from vllm_sm12x.ops.paged_mqa_topk.config import (
     MAX_BLOCK_M,
     MERGE_WARPS,
@@ -56,7 +56,7 @@ def paged_mqa_topk(
         out: int32 [T, topk] to write into, any row stride; allocated if None. Every element is
             written.
         max_scratch_bytes: bound of the memory for candidates; more rows than fit in it are done
-            one chunk after the other.
+            one part after the other.
 
     Returns:
         out: a row's positions in no particular order, min(topk, lens) of them, then -1. A padding
@@ -96,7 +96,7 @@ def _launch(
     check_tensor("q", q, torch.float8_e4m3fn, (None, None, HEAD_DIM))
     rows, heads, _ = q.shape
     check_heads(heads)
-    _check_cache(cache)
+    check_cache(cache)
     check_tensor("weights", weights, torch.float32, (rows, heads))
     check_tensor("block_table", block_table, torch.int32, (None, None))
     requests, pages = block_table.shape
@@ -117,8 +117,8 @@ def _launch(
         out=out,
     )
     list_entries = capacity(topk, config.chunk)
-    # fp32 scores of two chunks; an int32 rank and position for each candidate.
-    list_bytes = 4 * (2 * config.chunk + 2 * list_entries)
+    # 4 bytes each: scores of two chunks, ranks and positions of candidates, and their number.
+    list_bytes = 4 * (2 * config.chunk + 2 * list_entries + 1)
     if max_scratch_bytes < list_bytes:
         raise ValueError(
             f"max_scratch_bytes: expected at least {list_bytes}, what one row of topk {topk} "
@@ -138,21 +138,19 @@ def _launch(
         keys = pages * cache.shape[1]
         num_splits = splits(triton.cdiv(rows, block_m), keys, topk, sms=sms)
     num_splits = min(num_splits, max_scratch_bytes // list_bytes)
-    chunk = min(rows, max_scratch_bytes // (num_splits * list_bytes))
-    shape = (chunk, num_splits, list_entries)
-    scores = torch.empty(
-        (chunk, num_splits, 2 * config.chunk), dtype=torch.float32, device=q.device
-    )
+    part = min(rows, max_scratch_bytes // (num_splits * list_bytes))
+    shape = (part, num_splits, list_entries)
+    scores = torch.empty((part, num_splits, 2 * config.chunk), dtype=torch.float32, device=q.device)
     ranks = torch.empty(shape, dtype=torch.int32, device=q.device)
     positions = torch.empty(shape, dtype=torch.int32, device=q.device)
-    counts = torch.empty((chunk, num_splits), dtype=torch.int32, device=q.device)
+    counts = torch.empty((part, num_splits), dtype=torch.int32, device=q.device)
     block_k = triton.next_power_of_2(topk)
     with on_device(q.device):
-        for start in range(0, rows, chunk):
-            chunk_rows = min(chunk, rows - start)
+        for start in range(0, rows, part):
+            part_rows = min(part, rows - start)
             if num_splits > 1:
                 counts.zero_()
-            paged_mqa_topk_kernel[(chunk_rows // block_m + requests, num_splits)](
+            paged_mqa_topk_kernel[(part_rows // block_m + requests, num_splits)](
                 q,
                 cache,
                 weights,
@@ -165,7 +163,7 @@ def _launch(
                 counts,
                 out,
                 start,
-                chunk_rows,
+                part_rows,
                 requests,
                 pages,
                 q.stride(0),
@@ -189,7 +187,7 @@ def _launch(
                 num_warps=config.num_warps,
             )
             if num_splits > 1:
-                merge_splits_kernel[(chunk_rows,)](
+                merge_splits_kernel[(part_rows,)](
                     ranks,
                     positions,
                     counts,

@@ -10,8 +10,8 @@ class LaunchConfig:
 
     Attributes:
         columns: rows times (padded) heads of one dot.
-        num_stages: the page, its address and its keys are in flight together, so two tiles of
-            keys need 5.
+        num_stages: of Triton's pipeline, which loads a page's number, then its keys: 5 keep two
+            tiles of keys in flight, 3 only one.
         chunk: keys between two selections: a power of two and a multiple of block_n.
     """
 
@@ -22,18 +22,22 @@ class LaunchConfig:
     chunk: int
 
 
-# Chosen from what the compiler makes of them (README), not timed. Two rows of 64 heads by one page
-# of 64 keys on 4 warps: two programs run on an SM at a time, so that one's selection hides behind
-# the other's dots. Four rows on 8 warps halve the reads of keys, but fill an SM alone. Other tiles
-# that fit: (128, 128, 8, 5, 512), (128, 64, 4, 5, 1024), (64, 64, 4, 5, 512).
-TWO_ROWS = LaunchConfig(columns=128, block_n=64, num_warps=4, num_stages=5, chunk=512)
+# Two rows of 64 heads by one page of 64 keys on 4 warps: two programs run on an SM at a time, so
+# that one's selection hides behind the other's dots. Four rows on 8 warps halve the reads of keys,
+# but fill an SM alone. Measured on an H200, topk 512, 4096 rows x 32,768 keys, milliseconds: 1024
+# keys a chunk 3.89, 512 4.03, 3 stages 4.47; 4 rows 4.05 (4 warps) and 5.06 (8 warps); 1 row 5.57;
+# 128 keys on 8 warps 8.04.
+TWO_ROWS = LaunchConfig(columns=128, block_n=64, num_warps=4, num_stages=5, chunk=1024)
+TWO_ROWS_SHORT = LaunchConfig(columns=128, block_n=64, num_warps=4, num_stages=5, chunk=512)
 FOUR_ROWS = LaunchConfig(columns=256, block_n=64, num_warps=8, num_stages=5, chunk=512)
 # Longer lists spill the registers of 4 warps when they are cut.
-TWO_ROWS_MAX_TOPK = 1024
+TWO_ROWS_MAX_TOPK = 512
+TWO_ROWS_SHORT_MAX_TOPK = 1024
 # Fewer heads do not mean more rows: the running state of a row is kept in every thread.
 MAX_BLOCK_M = 4
-# Programs launched for each multiprocessor at least, where the keys can be split: two waves of two.
-PROGRAMS_PER_SM = 4
+# Programs that run on a multiprocessor at a time. Splitting the keys further only adds merging:
+# 512 rows x 32,768 keys took 0.50 ms in one part, 0.56 in 2, 0.61 in 4 (H200).
+PROGRAMS_PER_SM = 2
 # Keys, by the block table's width, that are worth a split's own list.
 MIN_KEYS_PER_SPLIT = 2048
 # Candidates of one row that a merge holds in registers.
@@ -43,7 +47,9 @@ MERGE_WARPS = 8
 
 def choose(topk: int) -> LaunchConfig:
     """The configuration for selections of this size."""
-    return TWO_ROWS if topk <= TWO_ROWS_MAX_TOPK else FOUR_ROWS
+    if topk <= TWO_ROWS_MAX_TOPK:
+        return TWO_ROWS
+    return TWO_ROWS_SHORT if topk <= TWO_ROWS_SHORT_MAX_TOPK else FOUR_ROWS
 
 
 def capacity(topk: int, chunk: int) -> int:
@@ -56,6 +62,6 @@ def splits(row_tiles: int, keys: int, topk: int, *, sms: int) -> int:
 
     From shapes and the device only, never from lens: a captured CUDA graph stays right.
     """
-    wanted = -(-PROGRAMS_PER_SM * sms // row_tiles)
+    wanted = max(1, PROGRAMS_PER_SM * sms // row_tiles)
     most = min(keys // MIN_KEYS_PER_SPLIT, MAX_MERGED >> (topk - 1).bit_length())
     return min(1 << (wanted - 1).bit_length(), 1 << max(most, 1).bit_length() - 1)

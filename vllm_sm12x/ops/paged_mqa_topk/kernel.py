@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton kernels of paged_mqa_topk.
 
-A program streams the keys of one request past BLOCK_M of its query rows. Each row has a list of
-candidates in scratch memory and a threshold, the k-th best score seen so far; a score above it is
-appended. When a list might overflow with the next tile, all of the program's lists are cut to
-their best TOPK, which raises the thresholds.
+A program streams the keys of one request past BLOCK_M of its query rows, CHUNK keys at a time. The
+scores of a chunk are stored, and read back in a layout that suits selection. Each row has a list of
+candidates and a bound, a score that TOPK of them reach; what reaches it is appended. A list without
+room for another chunk is cut, which raises its bound.
 
-Scores are kept as unsigned integers in the same order, "ranks"; 0 is below every score.
+Scores are selected as unsigned integers in the same order, "ranks"; 0 is below every score.
 """
 
 import triton
@@ -68,15 +68,15 @@ def _cut_list(ranks_ptr, positions_ptr, count, limit, TOPK: tl.constexpr, CAPACI
 
 
 @triton.jit
-def _chunk_row(query_start_loc_ptr, request, chunk_start, chunk_rows):
-    """First row of a request, counted from the chunk's first row and kept within the chunk."""
-    row = tl.load(query_start_loc_ptr + request) - chunk_start
-    return tl.maximum(tl.minimum(row, chunk_rows), 0)
+def _part_row(query_start_loc_ptr, request, part_start, part_rows):
+    """First row of a request, counted from the part's first row and kept within the part."""
+    row = tl.load(query_start_loc_ptr + request) - part_start
+    return tl.maximum(tl.minimum(row, part_rows), 0)
 
 
 # Sizes that change from call to call: specialising on them would only compile more variants.
 @triton.jit(
-    do_not_specialize=["chunk_start", "chunk_rows", "num_requests", "table_width", "table_stride"]
+    do_not_specialize=["part_start", "part_rows", "num_requests", "table_width", "table_stride"]
 )
 def paged_mqa_topk_kernel(
     q_ptr,
@@ -90,8 +90,8 @@ def paged_mqa_topk_kernel(
     positions_ptr,
     counts_ptr,
     out_ptr,
-    chunk_start,
-    chunk_rows,
+    part_start,
+    part_rows,
     num_requests,
     table_width,
     q_stride_t,
@@ -127,7 +127,7 @@ def paged_mqa_topk_kernel(
     high = num_requests
     while low < high:
         middle = (low + high) // 2
-        row = _chunk_row(query_start_loc_ptr, middle, chunk_start, chunk_rows)
+        row = _part_row(query_start_loc_ptr, middle, part_start, part_rows)
         if row // BLOCK_M + middle <= tile:
             low = middle + 1
         else:
@@ -135,17 +135,17 @@ def paged_mqa_topk_kernel(
     request = low - 1
     if request < 0:
         return
-    start = _chunk_row(query_start_loc_ptr, request, chunk_start, chunk_rows)
-    end = _chunk_row(query_start_loc_ptr, request + 1, chunk_start, chunk_rows)
+    start = _part_row(query_start_loc_ptr, request, part_start, part_rows)
+    end = _part_row(query_start_loc_ptr, request + 1, part_start, part_rows)
     first_row = start + (tile - start // BLOCK_M - request) * BLOCK_M
     if first_row >= end:
         return
 
-    # Row numbers below count from chunk_start + first_row.
+    # Row numbers below count from part_start + first_row.
     first_row = first_row.to(tl.int64)
     num_rows = (end - first_row).to(tl.int32)
-    q_ptr += (chunk_start + first_row) * q_stride_t
-    weights_ptr += (chunk_start + first_row) * weights_stride
+    q_ptr += (part_start + first_row) * q_stride_t
+    weights_ptr += (part_start + first_row) * weights_stride
     list_stride = SPLITS * CAPACITY
     scores_ptr += (first_row * SPLITS + split) * (2 * CHUNK)
     ranks_ptr += first_row * list_stride + split * CAPACITY
@@ -153,7 +153,7 @@ def paged_mqa_topk_kernel(
     table_row_ptr = block_table_ptr + tl.cast(request, tl.int64) * table_stride
 
     m = tl.arange(0, BLOCK_M)
-    lens = tl.load(lens_ptr + chunk_start + first_row + m, mask=m < num_rows, other=0)
+    lens = tl.load(lens_ptr + part_start + first_row + m, mask=m < num_rows, other=0)
     most = tl.minimum(table_width.to(tl.int64) * BLOCK_SIZE, 2147483647).to(tl.int32)
     lens = tl.maximum(tl.minimum(lens, most), 0)
     limit = tl.max(lens, 0)
@@ -244,7 +244,7 @@ def paged_mqa_topk_kernel(
         if tl.max(count, 0) > full:
             keep_most = tl.where(first < last, TOPK + (CAPACITY - CHUNK - TOPK) // 4, TOPK)
             tl.debug_barrier()  # the lists are read by other threads than those that wrote them
-            for list_row in tl.range(0, BLOCK_M, num_stages=1):
+            for list_row in tl.range(0, BLOCK_M):
                 own = m == list_row
                 row_count = tl.sum(tl.where(own, count, 0), 0)
                 if row_count > full:
@@ -266,19 +266,19 @@ def paged_mqa_topk_kernel(
         position = tl.load(
             positions_ptr + list_offset[:, None] + slot[None, :], mask=selected, other=0
         )
-        out_row_ptrs = out_ptr + (chunk_start + first_row + m) * out_stride
+        out_row_ptrs = out_ptr + (part_start + first_row + m) * out_stride
         tl.store(out_row_ptrs[:, None] + slot[None, :], position, mask=selected)
     else:
         tl.store(counts_ptr + (first_row + m) * SPLITS + split, count, mask=m < num_rows)
 
 
-@triton.jit(do_not_specialize=["chunk_start"])
+@triton.jit(do_not_specialize=["part_start"])
 def merge_splits_kernel(
     ranks_ptr,
     positions_ptr,
     counts_ptr,
     out_ptr,
-    chunk_start,
+    part_start,
     out_stride,
     TOPK: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -297,4 +297,4 @@ def merge_splits_kernel(
     rank = tl.load(ranks_ptr + place, mask=filled, other=0).to(tl.uint32, bitcast=True)
     _, _, slot, keep = _select(rank, TOPK, TOPK)
     position = tl.load(positions_ptr + place, mask=keep, other=0)
-    tl.store(out_ptr + (chunk_start + row) * out_stride + slot, position, mask=keep)
+    tl.store(out_ptr + (part_start + row) * out_stride + slot, position, mask=keep)
