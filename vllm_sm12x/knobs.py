@@ -204,6 +204,16 @@ KNOBS: tuple[Knob, ...] = (
         "who serves what.",
     ),
     Knob(
+        name="VLLM_SM12X_ONE_PASS_TOP_K",
+        default=False,
+        default_text="0",
+        allowed="0 or 1",
+        parse=_switch,
+        help="1: a prefill's index scores are selected from as they are made, and never written. "
+        "0: they are written, up to `VLLM_SPARSE_INDEXER_MAX_LOGITS_MB` at a time, and then "
+        "selected from, which is faster on the GPU that was measured (an H200).",
+    ),
+    Knob(
         name="VLLM_SM12X_OFF",
         default=(),
         default_text="unset",

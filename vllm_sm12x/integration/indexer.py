@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """DeepSeek V4's sparse indexer on SM12x: which compressed keys each token attends to.
 
-vLLM's own gathers a prefill's keys out of the cache, writes all their scores, and selects; it sizes
-that workspace by `max_model_len`. Here a prefill is scored and selected in one pass over the pages
-(`ops.paged_mqa_topk`), and a decode's scores go to one buffer that all layers share.
+As vLLM's own it gathers a prefill's keys out of the cache, writes their scores, and selects, chunk
+by chunk. Keys and scores have one buffer that all layers share: keys of one request of
+`max_model_len` tokens (vLLM's own: of 40), scores up to VLLM_SPARSE_INDEXER_MAX_LOGITS_MB, in
+decode too. With VLLM_SM12X_ONE_PASS_TOP_K=1 a prefill is scored and selected in one pass over the
+pages, and neither is there.
 """
 
 import dataclasses
@@ -14,6 +16,7 @@ from typing import Any
 
 import torch
 
+from vllm_sm12x import knobs
 from vllm_sm12x.integration import providers
 from vllm_sm12x.ops import paged_mqa_topk
 from vllm_sm12x.vllm_api.indexer import (
@@ -29,7 +32,9 @@ from vllm_sm12x.vllm_api.indexer import (
 )
 from vllm_sm12x.vllm_api.sparse_mla import current_metadata
 
-SCORE_BYTES = 4
+HEAD_DIM = 128
+SCALE_BYTES = SCORE_BYTES = 4
+SLACK = 64
 
 _deep_gemm_is_there: ContextVar[bool | None] = ContextVar("deep_gemm_is_there", default=None)
 
@@ -48,6 +53,16 @@ def has_deep_gemm(original: Callable[[], bool]) -> bool:
     """Around vLLM's question, where its indexer asks it."""
     there = _deep_gemm_is_there.get()
     return original() if there is None else there
+
+
+def columns(vllm_config: Any, ratio: int) -> int:
+    """Compressed keys of a request of `max_model_len` tokens."""
+    return vllm_config.model_config.max_model_len // ratio
+
+
+def in_one_pass() -> bool:
+    """Whether prefills are scored and selected in one pass."""
+    return bool(knobs.get("VLLM_SM12X_ONE_PASS_TOP_K"))
 
 
 @dataclasses.dataclass
@@ -81,6 +96,8 @@ class IndexerMetadataBuilder(DeepseekV32IndexerMetadataBuilder):
         super().__init__(*args, **kwargs)
         # vLLM makes one request of each speculative row where DeepGEMM takes no more than two.
         self.use_flattening = False
+        # Chunks of a prefill have at most so many keys.
+        self.max_prefill_buffer_size = columns(self.vllm_config, self.compress_ratio)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
@@ -91,7 +108,7 @@ class IndexerMetadataBuilder(DeepseekV32IndexerMetadataBuilder):
         if metadata.decode is not None:
             # A request that pads a CUDA graph's batch has length 0, less than its rows.
             metadata.decode.seq_lens.clamp_(min=0)
-        if metadata.num_prefills:
+        if metadata.num_prefills and in_one_pass():
             metadata.prefill_rows = self._prefill_rows(common_attn_metadata, metadata)
         return metadata
 
@@ -127,7 +144,7 @@ class IndexerCache(DeepseekV4IndexerCache):
 
 
 class SparseIndexer(torch.nn.Module):
-    """In place of vLLM's SparseAttnIndexer: scores and selects, and never gathers."""
+    """In place of vLLM's SparseAttnIndexer: scores and selects, in bounded memory."""
 
     def __init__(self, vllm_config: Any, stock: Any, cache: IndexerCache) -> None:
         """`stock` is the SparseAttnIndexer that DeepSeek V4's indexer has built."""
@@ -135,16 +152,16 @@ class SparseIndexer(torch.nn.Module):
         self.k_cache = cache
         self.top_k = stock.topk_tokens
         self.top_k_indices = stock.topk_indices_buffer
-        self.columns = stock.max_model_len
-        self.gathered_keys = stock.max_total_seq_len
+        self.columns = columns(vllm_config, cache.compress_ratio)
         speculative = vllm_config.speculative_config
         next_n = 1 + (speculative.num_speculative_tokens if speculative else 0)
-        self.decode_rows = vllm_config.scheduler_config.max_num_seqs * next_n
+        scheduler = vllm_config.scheduler_config
+        self.most_rows = max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs * next_n)
+        self.one_pass = in_one_pass()
+        self.mqa_logits = providers.implementation("mqa_logits")
         self.paged_mqa_logits = providers.implementation("paged_mqa_logits")
-        # DeepGEMM takes no buffer, and its prefill path needs all keys and scores in memory.
-        self.takes_buffer = providers.chosen("paged_mqa_logits").name == "triton"
-        one_pass = providers.chosen("mqa_logits").name == "triton"
-        self.mqa_logits = None if one_pass else providers.implementation("mqa_logits")
+        # DeepGEMM allocates its scores itself.
+        self.allocating = {op for op in providers.OPS if providers.chosen(op).name != "triton"}
 
     def forward(
         self,
@@ -173,10 +190,10 @@ class SparseIndexer(torch.nn.Module):
         self.top_k_indices[: hidden_states.shape[0]] = -1
         cache = self.k_cache.kv_cache
         if mine.num_prefills:
-            if self.mqa_logits is None:
-                self._prefill(cache.unsqueeze(2), q_quant, weights, mine.prefill_rows)
+            if self.one_pass:
+                self._prefill_in_one_pass(cache.unsqueeze(2), q_quant, weights, mine.prefill_rows)
             else:
-                self._prefill_gathered(cache, q_quant, weights, mine.prefill.chunks)
+                self._prefill(cache, q_quant, weights, mine.prefill.chunks)
         if mine.num_decodes:
             self._decode(cache.unsqueeze(2), q_quant, weights, mine)
         return self.top_k_indices
@@ -185,23 +202,58 @@ class SparseIndexer(torch.nn.Module):
         """Rows of decode scores that the cap allows, at least one."""
         return max(1, max_logits_bytes() // (SCORE_BYTES * self.columns))
 
-    def _scores(self, rows: int) -> torch.Tensor:
-        return workspace(((rows, self.columns), torch.float32))[0]
+    def _take(
+        self, op: str, keys: int, scores: tuple[int, int]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Keys e4m3 [keys, 128], their scales uint8 [keys, 4], fp32 `scores` for the op's out."""
+        keys_and_scales = (
+            ((keys, HEAD_DIM), torch.float8_e4m3fn),
+            ((keys, SCALE_BYTES), torch.uint8),
+        )
+        if op in self.allocating:
+            buffers = workspace(*keys_and_scales)
+            return buffers[0], buffers[1], None
+        buffers = workspace(*keys_and_scales, (scores, torch.float32))
+        return buffers[0], buffers[1], buffers[2]
 
     def _reserve(self) -> None:
         """In the profile run: take what the largest batch will take."""
-        self._scores(min(self.decode_rows, self._rows_at_once()))
-        if self.mqa_logits is not None:
-            self._gathered()
-        # The scratch of a prefill, or DeepGEMM's scores, which are freed after each chunk.
-        torch.empty(max_logits_bytes(), dtype=torch.uint8, device=self.top_k_indices.device)
-
-    def _gathered(self) -> list[torch.Tensor]:
-        keys = (self.gathered_keys, self.k_cache.head_dim - SCORE_BYTES)
-        scales = (self.gathered_keys, SCORE_BYTES)
-        return workspace((keys, torch.float8_e4m3fn), (scales, torch.uint8))
+        # vLLM plans chunks by an upper bound of lengths, some speculative tokens too long.
+        keys = self.columns + SLACK
+        scores = (min(self.most_rows, self._rows_at_once()), keys)
+        device = self.top_k_indices.device
+        if self.one_pass or "mqa_logits" in self.allocating:
+            self._take("paged_mqa_logits", 0 if self.one_pass else keys, scores)
+            # Taken and given back by each call.
+            torch.empty(max_logits_bytes(), dtype=torch.uint8, device=device)
+        else:
+            self._take("mqa_logits", keys, scores)
 
     def _prefill(
+        self, cache: torch.Tensor, q: torch.Tensor, weights: torch.Tensor, chunks: Any
+    ) -> None:
+        for chunk in chunks:
+            tokens = slice(chunk.token_start, chunk.token_end)
+            count = chunk.total_seq_lens
+            # The keys come first in the buffer, in all of a request's chunks alike.
+            keys, scales, scores = self._take(
+                "mqa_logits", count, (tokens.stop - tokens.start, count)
+            )
+            if not chunk.skip_kv_gather:
+                gather_keys(cache, chunk, keys, scales)
+            logits = self.mqa_logits(
+                q[tokens],
+                keys,
+                scales.view(torch.float32).squeeze(-1),
+                weights[tokens],
+                chunk.cu_seqlen_ks,
+                chunk.cu_seqlen_ke,
+                out=scores,
+            )
+            top_k = self.top_k_indices[tokens, : self.top_k]
+            top_k_of_prefill(logits, chunk.cu_seqlen_ks, chunk.cu_seqlen_ke, top_k)
+
+    def _prefill_in_one_pass(
         self, cache: torch.Tensor, q: torch.Tensor, weights: torch.Tensor, rows: PrefillRows
     ) -> None:
         paged_mqa_topk(
@@ -215,27 +267,6 @@ class SparseIndexer(torch.nn.Module):
             out=self.top_k_indices[rows.tokens, : self.top_k],
             max_scratch_bytes=max_logits_bytes(),
         )
-
-    def _prefill_gathered(
-        self, cache: torch.Tensor, q: torch.Tensor, weights: torch.Tensor, chunks: Any
-    ) -> None:
-        assert self.mqa_logits is not None
-        all_keys, all_scales = self._gathered()
-        for chunk in chunks:
-            tokens = slice(chunk.token_start, chunk.token_end)
-            keys, scales = all_keys[: chunk.total_seq_lens], all_scales[: chunk.total_seq_lens]
-            if not chunk.skip_kv_gather:
-                gather_keys(cache, chunk, keys, scales)
-            logits = self.mqa_logits(
-                q[tokens],
-                keys,
-                scales.view(torch.float32).squeeze(-1),
-                weights[tokens],
-                chunk.cu_seqlen_ks,
-                chunk.cu_seqlen_ke,
-            )
-            top_k = self.top_k_indices[tokens, : self.top_k]
-            top_k_of_prefill(logits, chunk.cu_seqlen_ks, chunk.cu_seqlen_ke, top_k)
 
     def _decode(
         self, cache: torch.Tensor, q: torch.Tensor, weights: torch.Tensor, mine: Any
@@ -258,7 +289,7 @@ class SparseIndexer(torch.nn.Module):
                 decode.block_table[some],
                 max_model_len=self.columns,
                 clean_logits=False,
-                out=self._scores(tokens.stop - tokens.start) if self.takes_buffer else None,
+                out=self._take("paged_mqa_logits", 0, (len(weights[tokens]), self.columns))[2],
             )
             top_k = self.top_k_indices[tokens, : self.top_k]
             top_k_of_decode(scores, next_n, decode.seq_lens[some], top_k)
