@@ -57,12 +57,17 @@ def memory_in_use(worker: Any) -> dict[str, int]:
     torch.cuda.synchronize()
     caches = torch.utils._pytree.tree_leaves(list(worker.model_runner.kv_caches))
     storages = [cache.untyped_storage() for cache in caches]
+    from vllm.v1.worker.workspace import current_workspace_manager
+
+    # vLLM's shared workspaces have no public accessor.
+    workspaces = current_workspace_manager()._current_workspaces
     return {
         "weights": int(worker.model_runner.model_memory_usage),
         "kv_cache": sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()),
         "profile_peak": int(worker.peak_activation_memory),
         "allocated": torch.cuda.memory_allocated(),
         "peak": torch.cuda.max_memory_allocated(),
+        "workspace": sum(buffer.nbytes for buffer in workspaces if buffer is not None),
         "reserved": torch.cuda.memory_reserved(),
         "free": torch.cuda.mem_get_info()[0],
     }
