@@ -55,7 +55,10 @@ def layer_and_metadata(
         num_decode_tokens=split,
         num_prefills=int(tokens > decodes),
         num_prefill_tokens=tokens - decodes,
-        candidate_limits=valid.int() * GARBAGE,
+        candidate_limits={
+            ratio: torch.tensor([(p + 1) // ratio for _, p in batch.tokens] + [0] * padding).int()
+            for ratio in (4, 128)
+        },
     )
     layer = module.TritonMlaSparseAttention.__new__(module.TritonMlaSparseAttention)
     torch.nn.Module.__init__(layer)
@@ -102,6 +105,31 @@ def test_layer_is_dense_attention(layer_module, monkeypatch, ratio, phase):
     want = batch.dense()
     got = forward(layer_module, monkeypatch, batch).double()
     assert (got - want).norm() / want.norm() <= SPARSE_MLA.tolerance
+
+
+def test_the_builder_limits_each_token_to_the_rows_that_it_sees(layer_module, monkeypatch):
+    """Two decoding requests of two tokens, a prefill of three, two padded tokens."""
+    starts, lens = [0, 2, 4, 7], [5, 1029, 130]
+    valid = torch.tensor([True] * 7 + [False] * 2)
+    stock = layer_module.DeepseekSparseSWAMetadata(
+        block_table=torch.zeros(3, 4, dtype=torch.int32),
+        slot_mapping=torch.zeros(9, dtype=torch.int64),
+        block_size=SWA_BLOCK,
+        seq_lens=torch.tensor(lens, dtype=torch.int32),
+        query_start_loc=torch.tensor(starts, dtype=torch.int32),
+        is_valid_token=valid,
+        token_to_req_indices=torch.tensor([0, 0, 1, 1, 2, 2, 2, 250, 250], dtype=torch.int32),
+    )
+    base = layer_module.DeepseekSparseSWAMetadataBuilder
+    monkeypatch.setattr(base, "build", lambda self: stock)
+    builder = layer_module.WindowMetadataBuilder.__new__(layer_module.WindowMetadataBuilder)
+    builder.token = torch.arange(64, dtype=torch.int32)
+    builder.candidate_limits = {ratio: torch.full((64,), GARBAGE).int() for ratio in (4, 128)}
+    limits = builder.build().candidate_limits
+    positions = [3, 4, 1027, 1028, 127, 128, 129]
+    for ratio in (4, 128):
+        assert limits[ratio].tolist() == [(p + 1) // ratio for p in positions] + [0, 0]
+        assert limits[ratio].data_ptr() == builder.candidate_limits[ratio].data_ptr()
 
 
 @pytest.mark.parametrize("ratio", [0, 4, 128])

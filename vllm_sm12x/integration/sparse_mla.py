@@ -35,7 +35,7 @@ from vllm_sm12x.vllm_api.sparse_mla import (
 
 # The instantiations of fused_deepseek_v4_qnorm_rope_kv_rope_quant_insert in vLLM 0.23 and 0.26.
 INSERT_OP_HEADS = (8, 16, 32, 64, 128)
-NO_LIMIT = torch.iinfo(torch.int32).max
+COMPRESS_RATIOS = (4, 128)
 
 
 class TritonMlaSparseBackend(DeepseekV4FlashMLABackend):
@@ -64,13 +64,13 @@ class WindowMetadata(DeepseekSparseSWAMetadata):
     Attributes:
         prefill_swa_indices: int32 [prefill tokens, 1, window], global slots.
         prefill_swa_lens: int32 [prefill tokens].
-        candidate_limits: int32 [tokens], 0 for a padded token, else no limit: what a padded token
-            finds in the shared top-k buffer is left over from another step.
+        candidate_limits: compress ratio -> int32 [tokens], the compressed rows that a token sees;
+            0 for a padded token, which finds another step's positions in the shared top-k buffer.
     """
 
     prefill_swa_indices: torch.Tensor | None = None
     prefill_swa_lens: torch.Tensor | None = None
-    candidate_limits: torch.Tensor | None = None
+    candidate_limits: dict[int, torch.Tensor] | None = None
 
 
 class WindowMetadataBuilder(DeepseekSparseSWAMetadataBuilder):
@@ -79,19 +79,17 @@ class WindowMetadataBuilder(DeepseekSparseSWAMetadataBuilder):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         tokens = self.vllm_config.scheduler_config.max_num_batched_tokens
-        self.candidate_limits = torch.zeros(tokens, dtype=torch.int32, device=self.device)
+        self.token = torch.arange(tokens, dtype=torch.int32, device=self.device)
+        self.candidate_limits = {ratio: torch.zeros_like(self.token) for ratio in COMPRESS_RATIOS}
         if not BUILDER_GIVES_PREFILL_SLOTS:
             self.window_indices = torch.zeros(
                 tokens, 1, self.window_size, dtype=torch.int32, device=self.device
             )
-            self.window_lens = torch.zeros_like(self.candidate_limits)
+            self.window_lens = torch.zeros_like(self.token)
 
     def build(self, *args: Any, **kwargs: Any) -> WindowMetadata:
         metadata = WindowMetadata(**vars(super().build(*args, **kwargs)))
-        valid: Any = metadata.is_valid_token
-        limits = self.candidate_limits[: valid.shape[0]]
-        torch.mul(valid, NO_LIMIT, out=limits)
-        metadata.candidate_limits = limits
+        metadata.candidate_limits = self._candidate_limits(metadata)
         if not BUILDER_GIVES_PREFILL_SLOTS and metadata.num_prefills:
             window_slots(metadata, self.window_size, self.window_indices, self.window_lens)
             decodes = metadata.num_decode_tokens
@@ -99,6 +97,18 @@ class WindowMetadataBuilder(DeepseekSparseSWAMetadataBuilder):
             metadata.prefill_swa_indices = self.window_indices[prefill]
             metadata.prefill_swa_lens = self.window_lens[prefill]
         return metadata
+
+    def _candidate_limits(self, metadata: Any) -> dict[int, torch.Tensor]:
+        tokens = metadata.token_to_req_indices.shape[0]
+        # Of a padded token the request is left over from another step.
+        request = metadata.token_to_req_indices.clamp(max=metadata.seq_lens.shape[0] - 1)
+        ends = metadata.query_start_loc[1:]
+        position = metadata.seq_lens[request] - ends[request] + self.token[:tokens]
+        seen = (position + 1) * metadata.is_valid_token[:tokens]
+        limits = {ratio: buffer[:tokens] for ratio, buffer in self.candidate_limits.items()}
+        for ratio, limit in limits.items():
+            torch.floor_divide(seen, ratio, out=limit)
+        return limits
 
     def build_tile_scheduler(self, num_decode_tokens: int) -> dict[str, Any]:
         # FlashMLA's schedules; asked for no tokens, vLLM gives a plan of none.
@@ -261,7 +271,7 @@ class TritonMlaSparseAttention(DeepseekV4FlashMLAAttention):
         return {
             "extra_cache": self.kv_cache,
             "extra_indices": positions,
-            "extra_lens": window.candidate_limits[tokens],
+            "extra_lens": window.candidate_limits[self.compress_ratio][tokens],
             "extra_block_table": compressed.block_table,
             "request_ids": window.token_to_req_indices[tokens],
         }
