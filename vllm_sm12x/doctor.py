@@ -203,11 +203,17 @@ def _ops(report: Report) -> None:
     from vllm_sm12x.changes.change import Context
 
     active = report.facts.get("active") or {"yes": False}
-    in_force = active["yes"] and host.on_sm12x_path(Context.detect()).yes
-    report.facts["ops"] = [{**row._asdict(), "in_force": in_force} for row in host.served_ops()]
-    for row in report.facts["ops"]:
-        if row["provider"] is None and in_force:
-            report.find(BROKEN, row["why"])
+    on_path = active["yes"] and host.on_sm12x_path(Context.detect()).yes
+    ours = knobs.get("VLLM_TRITON_MLA_SPARSE") is not False
+    left_out = knobs.get("VLLM_SM12X_OFF")
+    report.facts["ops"] = []
+    for row in host.served_ops():
+        change = "hyper_connections" if row.op == "hc_prenorm_gemm" else "attention.select"
+        needed = on_path and change not in left_out and "worker" not in left_out
+        in_force = needed and (ours or change == "hyper_connections")
+        report.facts["ops"].append({**row._asdict(), "in_force": in_force})
+        if row.provider is None and in_force:
+            report.find(BROKEN, row.why)
 
 
 def _described(error: Exception) -> str:

@@ -209,9 +209,9 @@ KNOBS: tuple[Knob, ...] = (
         default_text="0",
         allowed="0 or 1",
         parse=_switch,
-        help="1: a prefill's index scores are selected from as they are made, and never written. "
-        "0: they are written, up to `VLLM_SPARSE_INDEXER_MAX_LOGITS_MB` at a time, and then "
-        "selected from, which is faster on the GPU that was measured (an H200).",
+        help="1: a prefill's index scores are selected from as they are made, with scratch memory "
+        "up to `VLLM_SPARSE_INDEXER_MAX_LOGITS_MB`. 0: they are written, up to as much at a time, "
+        "and then selected from, which is faster on the GPU that was measured (an H200).",
     ),
     Knob(
         name="VLLM_SM12X_OFF",

@@ -806,6 +806,7 @@ def test_the_memory_of_a_long_context(model, monkeypatch, label):
     import in_engine
 
     taken = {"weights": 100, "kv_cache": 1000, "profile_peak": 50, "allocated": 1130}
+    taken["workspace"] = 20
     answers = iter([{**taken, "peak": 5000}, {**taken, "peak": 1170}])
     monkeypatch.setattr(in_engine, "memory_in_use", lambda worker: next(answers))
     monkeypatch.setattr(in_engine, "reset_peak_memory", lambda worker: None)
@@ -825,7 +826,8 @@ def test_the_memory_of_a_long_context(model, monkeypatch, label):
     }
     assert written["free_kv_blocks"] == 77
     assert written["long_prompt"]["first_token_seconds"] == 1.5
-    assert LongModel.made.lengths == [(8292, 4), (131_072, 32)]
+    assert written["second_long_prompt"]["first_token_seconds"] == 1.5
+    assert LongModel.made.lengths == [(8292, 4), (131_072, 32), (131_072, 32)]
     assert LongModel.made.args["max_model_len"] == 1_048_576
     refused = CliRunner().invoke(long_context.app, [*given, "--max-model-len", "131072"])
     assert refused.exit_code == 2
@@ -844,6 +846,11 @@ def test_a_kv_buffer_that_layers_share_is_counted_once(monkeypatch):
         kv_caches=[buffer[:32].view(4, 8), [buffer[16:], torch.zeros(8)]], model_memory_usage=3.0
     )
     worker = types.SimpleNamespace(model_runner=runner, peak_activation_memory=2)
+    from vllm.v1.worker import workspace
+
+    manager = types.SimpleNamespace(_current_workspaces=[torch.zeros(3), None])
+    monkeypatch.setattr(workspace, "current_workspace_manager", lambda: manager)
     memory = in_engine.memory_in_use(worker)
     assert memory["kv_cache"] == 64 + 32
+    assert memory["workspace"] == 12
     assert (memory["weights"], memory["profile_peak"], memory["free"]) == (3, 2, 5)

@@ -239,7 +239,7 @@ class DeepGemmStandIn:
     ):  # fmt: skip
         values, scale = q
         requests, next_n = values.shape[:2]
-        assert scale is None and clean_logits is False and values.is_contiguous()
+        assert scale is None and isinstance(clean_logits, bool) and values.is_contiguous()
         assert next_n in (1, 2), "SM90 takes no other"
         assert context_lens.shape == (requests, next_n) and len(block_tables) == requests
         assert schedule_metadata.lens is context_lens

@@ -292,7 +292,7 @@ BAD = {
         "max_scratch_bytes",
         lambda n: 1000,
         ValueError,
-        "max_scratch_bytes: expected at least 24580, what one row of topk 9 needs, got 1000",
+        "max_scratch_bytes: expected at least 12292, what one row of topk 9 needs, got 1000",
     ),
     "device": ("weights", lambda t: t.to("meta"), ValueError, "weights: expected device"),
 }

@@ -92,8 +92,10 @@ def _vllm_reads(name: str, ours: str) -> Callable[[Context], Verdict]:
 
 def on_sm12x_path(context: Context) -> Verdict:
     """Whether policy is SM12x's: not on a GPU that VLLM_TRITON_MLA_SPARSE=1 alone brought in."""
-    ours = context.capability is not None and context.capability[0] == 12
-    return Verdict(ours, context.for_device.reason)
+    device = context.for_device.reason
+    if context.capability is not None and context.capability[0] == 12:
+        return Verdict(True, device)
+    return Verdict(False, f"only on SM 12.x: {device}")
 
 
 def _flashinfer_cannot_compile(context: Context) -> Verdict:
@@ -192,7 +194,7 @@ ROWS = (
         kind=Kind.REGISTER,
         phase=Phase.REGISTER,
         what=f"`{LOGITS_CAP}` is {LOGITS_CAP_MB} where you do not set it.",
-        why="Long prompts take up to 512 MiB for index scores, on GPUs with little memory or none "
+        why="Long contexts take up to 512 MiB for index scores, on GPUs with little memory or none "
         "of their own.",
         upstream="https://github.com/vllm-project/vllm/issues/55569",
         touches=(f"vllm.envs.{LOGITS_CAP}",),
@@ -200,7 +202,7 @@ ROWS = (
         needed=on_sm12x_path,
         apply=_default(LOGITS_CAP, LOGITS_CAP_MB),
         check=_vllm_reads(LOGITS_CAP, LOGITS_CAP_MB),
-        retire="prefill selects without writing its index scores to memory",
+        retire="vLLM's own default fits GPUs of 24 GiB and unified memory",
     ),
     Change(
         name="sampler",

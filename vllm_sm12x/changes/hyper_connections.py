@@ -7,15 +7,10 @@ from contextlib import ExitStack
 from typing import Any
 
 from vllm_sm12x.changes.change import Change, Context, Kind, Phase, Verdict, wrap, wrapped_by
+from vllm_sm12x.changes.host import on_sm12x_path
 from vllm_sm12x.vllm_api import hyper_connections as stock
 
 NAME = "hyper_connections"
-
-
-def _really_sm12x(context: Context) -> Verdict:
-    """Elsewhere TileLang's kernels are tuned and, with a toolkit, work."""
-    yes = context.capability is not None and context.capability[0] == 12
-    return Verdict(yes, "vLLM's TileLang kernels stay on GPUs other than SM 12.x")
 
 
 def _replace_by_name(context: Context, undo: ExitStack) -> None:
@@ -62,7 +57,7 @@ ROWS = (
         upstream="https://github.com/vllm-project/vllm/issues/48809",
         touches=stock.symbols(),
         requires=("worker",),
-        wanted=_really_sm12x,
+        wanted=on_sm12x_path,
         apply=_replace_by_name,
         check=_model_calls_ours,
         retire="vLLM serves DeepSeek V4's hyper-connections on SM12x without a CUDA toolkit",

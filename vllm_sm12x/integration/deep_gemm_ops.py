@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ops of `vllm_sm12x.ops` on DeepGEMM, through vLLM's wrappers of it.
 
-Arguments and results are those of our ops, with one exception: the scores of keys that a row does
-not see are whatever was in memory, not -inf. Whoever reads them selects inside the row's range.
+Arguments and results are those of our ops, with these exceptions: the scores of keys that a row of
+`mqa_logits` does not see are whatever was in memory, not -inf; scores given an `out` are copied to
+it; and `hc_prenorm_gemm` multiplies in TF32.
 """
 
 import torch
@@ -42,7 +43,7 @@ def paged_mqa_logits(
     block_table: torch.Tensor,
     *,
     max_model_len: int,
-    clean_logits: bool = False,
+    clean_logits: bool = True,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`ops.paged_mqa_logits`, fp32 [B * next_n, max_model_len], unspecified past each row's

@@ -18,7 +18,7 @@ def process_weights(original: Callable[..., None], kernel: Any, layer: Any) -> N
     """Around a block-scaled kernel's one look at its weights: UE8M0 scales become fp32.
 
     DeepSeek V4 stores them as UE8M0, a power of two in a byte. Kernels that prepare their weights
-    themselves read that form; the others hand it on to CUTLASS or Triton, which read fp32.
+    themselves are left to it; the others hand them on to CUTLASS or Triton, which read fp32.
     """
     own = getattr(type(kernel), PROCESS_WEIGHTS)
     if own is getattr(Fp8BlockScaledMMLinearKernel, PROCESS_WEIGHTS):

@@ -5,8 +5,8 @@ Parameters, defaults, shapes and dtypes are those of the TileLang functions that
 names. hc is the number of residual streams, d the hidden size, "..." any leading dimensions.
 `n_splits` and `tile_n` tune TileLang's kernels and mean nothing here.
 
-Everywhere fn is fp32 [hc * (2 + hc), hc * d], hc_scale fp32 [3] and hc_base fp32 [hc * (2 + hc)];
-norm_weight [d] adds an RMSNorm to the layer's input, its weight taken as bf16.
+Unless said otherwise fn is fp32 [hc * (2 + hc), hc * d], hc_scale fp32 [3] and hc_base fp32
+[hc * (2 + hc)]; norm_weight [d] adds an RMSNorm to the layer's input, its weight taken as bf16.
 """
 
 import functools

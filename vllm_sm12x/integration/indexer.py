@@ -34,7 +34,10 @@ from vllm_sm12x.vllm_api.sparse_mla import current_metadata
 
 HEAD_DIM = 128
 SCALE_BYTES = SCORE_BYTES = 4
+# vLLM plans chunks by an upper bound of lengths, which may be some speculative tokens too long.
 SLACK = 64
+# Keys that a chunk of short prompts may have together, whatever one prompt may have.
+KEYS_OF_SHORT_PROMPTS = 65_536
 
 _deep_gemm_is_there: ContextVar[bool | None] = ContextVar("deep_gemm_is_there", default=None)
 
@@ -58,6 +61,11 @@ def has_deep_gemm(original: Callable[[], bool]) -> bool:
 def columns(vllm_config: Any, ratio: int) -> int:
     """Compressed keys of a request of `max_model_len` tokens."""
     return vllm_config.model_config.max_model_len // ratio
+
+
+def keys_at_once(vllm_config: Any, ratio: int) -> int:
+    """Compressed keys that one chunk of a prefill has at most."""
+    return max(columns(vllm_config, ratio), KEYS_OF_SHORT_PROMPTS)
 
 
 def in_one_pass() -> bool:
@@ -84,7 +92,7 @@ class PrefillRows:
 
 @dataclasses.dataclass
 class IndexerMetadata(DeepseekV32IndexerMetadata):
-    """vLLM's metadata, and the prefill by rows instead of by gathered chunks."""
+    """vLLM's metadata, and for selection in one pass the prefill by rows."""
 
     prefill_rows: PrefillRows | None = None
 
@@ -96,8 +104,10 @@ class IndexerMetadataBuilder(DeepseekV32IndexerMetadataBuilder):
         super().__init__(*args, **kwargs)
         # vLLM makes one request of each speculative row where DeepGEMM takes no more than two.
         self.use_flattening = False
-        # Chunks of a prefill have at most so many keys.
-        self.max_prefill_buffer_size = columns(self.vllm_config, self.compress_ratio)
+        # Only flattening reads it, and it has max_num_batched_tokens rows of max_model_len.
+        del self.expanded_block_table_buffer
+        self.max_prefill_buffer_size = keys_at_once(self.vllm_config, self.compress_ratio)
+        self.one_pass = in_one_pass()
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
@@ -108,7 +118,7 @@ class IndexerMetadataBuilder(DeepseekV32IndexerMetadataBuilder):
         if metadata.decode is not None:
             # A request that pads a CUDA graph's batch has length 0, less than its rows.
             metadata.decode.seq_lens.clamp_(min=0)
-        if metadata.num_prefills and in_one_pass():
+        if metadata.num_prefills and self.one_pass:
             metadata.prefill_rows = self._prefill_rows(common_attn_metadata, metadata)
         return metadata
 
@@ -154,14 +164,16 @@ class SparseIndexer(torch.nn.Module):
         self.top_k_indices = stock.topk_indices_buffer
         self.columns = columns(vllm_config, cache.compress_ratio)
         speculative = vllm_config.speculative_config
-        next_n = 1 + (speculative.num_speculative_tokens if speculative else 0)
+        self.most_keys = keys_at_once(vllm_config, cache.compress_ratio) + SLACK
+        self.next_n = 1 + (speculative.num_speculative_tokens if speculative else 0)
         scheduler = vllm_config.scheduler_config
-        self.most_rows = max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs * next_n)
+        self.most_rows = max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs * self.next_n)
         self.one_pass = in_one_pass()
         self.mqa_logits = providers.implementation("mqa_logits")
         self.paged_mqa_logits = providers.implementation("paged_mqa_logits")
         # DeepGEMM allocates its scores itself.
-        self.allocating = {op for op in providers.OPS if providers.chosen(op).name != "triton"}
+        scoring = ("mqa_logits", "paged_mqa_logits")
+        self.allocating = {op for op in scoring if providers.chosen(op).name != "triton"}
 
     def forward(
         self,
@@ -194,7 +206,7 @@ class SparseIndexer(torch.nn.Module):
                 self._prefill_in_one_pass(cache.unsqueeze(2), q_quant, weights, mine.prefill_rows)
             else:
                 self._prefill(cache, q_quant, weights, mine.prefill.chunks)
-        if mine.num_decodes:
+        if mine.num_decode_tokens:
             self._decode(cache.unsqueeze(2), q_quant, weights, mine)
         return self.top_k_indices
 
@@ -218,16 +230,17 @@ class SparseIndexer(torch.nn.Module):
 
     def _reserve(self) -> None:
         """In the profile run: take what the largest batch will take."""
-        # vLLM plans chunks by an upper bound of lengths, some speculative tokens too long.
-        keys = self.columns + SLACK
-        scores = (min(self.most_rows, self._rows_at_once()), keys)
-        device = self.top_k_indices.device
-        if self.one_pass or "mqa_logits" in self.allocating:
-            self._take("paged_mqa_logits", 0 if self.one_pass else keys, scores)
+        # Rows times keys stay below the cap, but for what is least: one row, or one request's.
+        least = max(self.most_keys, self.next_n * self.columns)
+        capped = max(max_logits_bytes() // SCORE_BYTES, least)
+        scores = min(self.most_rows * self.most_keys, capped)
+        ops = ("paged_mqa_logits",) if self.one_pass else ("mqa_logits", "paged_mqa_logits")
+        for op in ops:
+            self._take(op, 0 if self.one_pass else self.most_keys, (1, scores))
+        if self.one_pass or self.allocating:
             # Taken and given back by each call.
+            device = self.top_k_indices.device
             torch.empty(max_logits_bytes(), dtype=torch.uint8, device=device)
-        else:
-            self._take("mqa_logits", keys, scores)
 
     def _prefill(
         self, cache: torch.Tensor, q: torch.Tensor, weights: torch.Tensor, chunks: Any
@@ -235,7 +248,8 @@ class SparseIndexer(torch.nn.Module):
         for chunk in chunks:
             tokens = slice(chunk.token_start, chunk.token_end)
             count = chunk.total_seq_lens
-            # The keys come first in the buffer, in all of a request's chunks alike.
+            # Keys and scales come first in the buffer: with as many of them in all of a request's
+            # chunks they stay where its first chunk, which alone gathers, has put them.
             keys, scales, scores = self._take(
                 "mqa_logits", count, (tokens.stop - tokens.start, count)
             )

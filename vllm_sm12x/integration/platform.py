@@ -56,15 +56,21 @@ class Sm12xPlatform(CudaPlatform):  # type: ignore[valid-type, misc]
 
     @classmethod
     def support_deep_gemm(cls) -> bool:
-        """False on the SM12x path, so that FP8 linears, MXFP4 experts and scales do without it.
+        """On the SM12x path: False for DeepSeek V4, whose FP8 linears and experts do without it.
 
-        vLLM asks this one question for all of them, and takes yes for a DeepGEMM whose SM120
-        kernels nobody has looked for. The ops of VLLM_SM12X_PROVIDERS ask `providers` instead. A
-        DeepSeek V4 layer of vLLM's own, which the user chose, needs what vLLM decides.
+        vLLM asks this one question for linears, experts and scales, and takes yes for a DeepGEMM
+        whose SM120 kernels nobody has looked for. The ops of VLLM_SM12X_PROVIDERS ask `providers`
+        instead. A DeepSeek V4 layer of vLLM's own needs what vLLM decides; other models get
+        DeepGEMM where it can compile a kernel for SM12x.
         """
-        if providers.on_sm12x_path() and not _vllms_own_layer_was_chosen():
+        if not providers.on_sm12x_path():
+            return super().support_deep_gemm()
+        vllm_config = current_config()
+        if vllm_config is None:
             return False
-        return super().support_deep_gemm()
+        if selection.serves(vllm_config):
+            return not _our_layer_is_built(vllm_config) and super().support_deep_gemm()
+        return super().support_deep_gemm() and providers.probe_deep_gemm("fp8_einsum").yes
 
     @classmethod
     def check_and_update_config(cls, vllm_config: Any) -> None:
@@ -88,14 +94,12 @@ def _uses_our_attention(vllm_config: Any) -> bool:
     return False
 
 
-def _vllms_own_layer_was_chosen() -> bool:
-    """Whether the model that this process builds is a DeepSeek V4 without our attention."""
-    vllm_config = current_config()
-    return (
-        vllm_config is not None
-        and selection.serves(vllm_config)
-        and not selection.choose(vllm_config).ours
-    )
+def _our_layer_is_built(vllm_config: Any) -> bool:
+    """Whether our attention is chosen, and nothing keeps it from being put into the model."""
+    left_out = {"worker", "attention.select"} & set(knobs.get("VLLM_SM12X_OFF"))
+    worker_cls = vllm_config.parallel_config.worker_cls
+    ours = worker_cls in ("auto", WORKER_PATH) or _is_our_worker(worker_cls)
+    return selection.choose(vllm_config).ours and ours and not left_out
 
 
 def _check_ops(vllm_config: Any) -> None:

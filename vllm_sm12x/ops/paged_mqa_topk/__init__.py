@@ -34,7 +34,7 @@ def paged_mqa_topk(
     out: torch.Tensor | None = None,
     max_scratch_bytes: int = MAX_SCRATCH_BYTES,
 ) -> torch.Tensor:
-    """The positions of each query row's topk largest index scores; no score is ever stored.
+    """The positions of each query row's topk largest index scores, never stored as a whole.
 
     The score of position p for row t, with k and its scale at position p of the row's request:
     scale * sum_h weights[t, h] * relu(q[t, h] . k). NaN counts as -inf. Among equal scores at the
@@ -55,8 +55,8 @@ def paged_mqa_topk(
         topk: from 1 to 2048.
         out: int32 [T, topk] to write into, any row stride; allocated if None. Every element is
             written.
-        max_scratch_bytes: bound of the memory for candidates; more rows than fit in it are done
-            one part after the other.
+        max_scratch_bytes: bound of the memory for candidates and a chunk's scores; more rows than
+            fit in it are done one part after the other.
 
     Returns:
         out: a row's positions in no particular order, min(topk, lens) of them, then -1. A padding
@@ -104,7 +104,8 @@ def _launch(
     check_tensor("lens", lens, torch.int32, (rows,))
     if not 1 <= topk <= MAX_TOPK:
         raise ValueError(f"topk: expected from 1 to {MAX_TOPK}, got {topk}")
-    config = config or choose(topk)
+    block_h = max(16, triton.next_power_of_2(heads))
+    config = config or choose(topk, block_h)
     if out is not None:
         check_tensor("out", out, torch.int32, (rows, topk))
     check_devices(
@@ -131,7 +132,6 @@ def _launch(
     if not (rows and requests and pages):
         return out
 
-    block_h = max(16, triton.next_power_of_2(heads))
     block_m = min(MAX_BLOCK_M, config.columns // block_h)
     if num_splits is None:
         sms = multiprocessors("q", q.device)

@@ -45,9 +45,10 @@ MAX_MERGED = 8192
 MERGE_WARPS = 8
 
 
-def choose(topk: int) -> LaunchConfig:
-    """The configuration for selections of this size."""
-    if topk <= TWO_ROWS_MAX_TOPK:
+def choose(topk: int, block_heads: int) -> LaunchConfig:
+    """The configuration for selections of this size, with so many (padded) heads."""
+    # With fewer heads a program has more rows, whose longer chunks spill.
+    if topk <= TWO_ROWS_MAX_TOPK and block_heads * 2 >= TWO_ROWS.columns:
         return TWO_ROWS
     return TWO_ROWS_SHORT if topk <= TWO_ROWS_SHORT_MAX_TOPK else FOUR_ROWS
 
