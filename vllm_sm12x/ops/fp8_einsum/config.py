@@ -37,9 +37,9 @@ class LaunchPlan:
 # (tests/compile). 128 x 128 fits sm_120, but spills on sm_121, where Triton up to 3.7 converts to
 # fp16; 64 x 128 spills with 4 warps. A deep pipeline of a narrow tile keeps enough bytes in flight
 # for DRAM. Measured on an H200, 8 groups, microseconds. T = 1: 16 x 32, 2 warps, 7 stages 11.5, 5
-# stages 12.5, 4 warps 12.7, with the scales one step ahead 14.6; with R in 2 to 4 parts 12.7 at
-# best. T = 64: 64 x 32 14.8, with the scales one step ahead 15.8. T = 256: 64 x 128 27.8, with the
-# scales first 35.5. T = 4096: 64 x 128 433 (128 x 128 391).
+# stages 12.5, 4 warps 12.7; with the scales one step ahead 13.7 (4 warps, 5 stages); with R in 2
+# to 4 parts 12.7 at best. T = 64: 64 x 32 14.8, with the scales one step ahead 15.8. T = 256:
+# 64 x 128 27.8, with the scales first 35.5. T = 4096: 64 x 128 433 (128 x 128 391).
 CONFIGS = (
     LaunchConfig(block_t=64, block_d=128, num_warps=8, num_stages=4),
     LaunchConfig(block_t=64, block_d=64, num_warps=4, num_stages=4),

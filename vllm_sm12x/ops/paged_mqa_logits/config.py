@@ -9,7 +9,7 @@ class LaunchConfig:
     """One compiled tile of BLOCK_N keys by BLOCK_R query rows, and how many programs share an SM.
 
     Attributes:
-        num_stages: tiles in flight, the one in the dot included.
+        num_stages: the page number, the keys and the dot of a tile are stages of one pipeline.
         programs_per_sm: programs launched for each multiprocessor, all requests together.
     """
 

@@ -8,7 +8,7 @@ programs have the tiles.
 
 Design constraints, please keep them when editing:
 - A tile's keys go from the page straight into the dot, with nothing between the load and the dot:
-  only then does Triton copy them asynchronously, NUM_STAGES - 1 tiles ahead.
+  only then does Triton copy them asynchronously, some tiles ahead.
 - The queries of all rows are loaded once, before the loop.
 """
 
