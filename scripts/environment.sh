@@ -55,14 +55,17 @@ find_python() {
 
 # prepare [--group NAME]: sync .venv. Packages of a group synced earlier stay.
 prepare() {
-    local uv
+    local uv extra
     uv=$(find_uv)
     uv=$(cd "$(dirname "$uv")" && pwd)/uv
     export PATH="${uv%/*}:$PATH" # the tests install the built wheel with it
+    extra=$(sed -n 's/^default = "\(vllm-.*\)"$/\1/p' pyproject.toml)
+    [ -n "$extra" ] || fail "pyproject.toml names no default vLLM release under [tool.vllm-sm12x]"
+    set -- --locked --inexact --extra "$extra" "$@"
     local version=""
     [ -x .venv/bin/python ] && version=$(.venv/bin/python -V 2>/dev/null || true)
     case $version in
-    "Python 3.12."*) uv sync --quiet --locked --inexact "$@" ;;
-    *) uv sync --locked --inexact --python "$(find_python "$uv")" "$@" ;;
+    "Python 3.12."*) uv sync --quiet "$@" ;;
+    *) uv sync --python "$(find_python "$uv")" "$@" ;;
     esac
 }

@@ -3,10 +3,16 @@
 
 from pathlib import Path
 
+import pins
+
 from vllm_sm12x import changes, knobs
 
 README = Path(__file__).parents[1] / "README.md"
-TABLES = {"changes": changes.markdown_table, "settings": knobs.markdown_table}
+TABLES = {
+    "pins": pins.markdown_table,
+    "changes": changes.markdown_table,
+    "settings": knobs.markdown_table,
+}
 
 
 def updated(text: str) -> str:

@@ -9,6 +9,10 @@ import torch
 
 HAS_GPU = torch.cuda.is_available()
 
+# vLLM imports humming, which then has a compiler build its launcher, again in each process that
+# starts where that fails.
+os.environ.setdefault("HUMMING_DISABLE_PARALLEL_BUILD", "1")
+
 if not HAS_GPU:
     # Triton reads this when a kernel is decorated, so it must be set before any test module loads.
     os.environ["TRITON_INTERPRET"] = "1"

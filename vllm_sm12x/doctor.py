@@ -164,11 +164,17 @@ def _changes(report: Report) -> None:
     because = [verdict.reason for verdict in decisive]
     if not context.for_vllm.yes:
         report.find(DEGRADED, f"The plugin is off: {context.for_vllm.reason}.")
+    elif context.untested:
+        report.find(HEALTHY, context.untested)
     loaded = report.facts["loaded_by_vllm"]
     if not loaded:
         because.append("vLLM does not load the plugin")
     report.facts["active"] = {"yes": context.active and loaded, "because": "; ".join(because)}
     if report.facts["broken_packages"] or not loaded:
+        return
+    conflict = plugin.conflicting_platforms() if context.active else None
+    if conflict is not None:
+        report.find(BROKEN, conflict)
         return
     try:
         if context.vllm is not None:

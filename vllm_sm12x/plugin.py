@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two entry points that vLLM calls. Both are cheap, re-entrant, and never initialise CUDA."""
 
+import contextlib
 import logging
 import multiprocessing
+from importlib import metadata
 
 from vllm_sm12x import __version__, knobs
 from vllm_sm12x.changes import apply_all
@@ -28,7 +30,30 @@ def platform() -> str | None:
     except Exception:
         logger.exception("vllm-sm12x stays off: it cannot tell which GPU this is")
         return None
+    conflict = conflicting_platforms()
+    if conflict is not None:
+        once(logger, logging.ERROR, conflict)
     return PLATFORM_PATH
+
+
+def conflicting_platforms() -> str | None:
+    """Which other platform plugins want this machine too, and what to do; None if there is none."""
+    allowed = knobs.vllm_plugins()
+    wanting = []
+    for point in metadata.entry_points(group="vllm.platform_plugins"):
+        if point.name != "sm12x" and (allowed is None or point.name in allowed):
+            # What another plugin raises, vLLM reports.
+            with contextlib.suppress(Exception):
+                if point.load()() is not None:
+                    wanting.append(point.name)
+    if not wanting:
+        return None
+    names = ", ".join(wanting)
+    return (
+        "Nothing is on, because vLLM takes one platform plugin and does not start with sm12x and "
+        f"{names}: uninstall {names}, or list in VLLM_PLUGINS the plugins to load, with only one "
+        "of them."
+    )
 
 
 def register() -> None:
@@ -44,10 +69,13 @@ def register() -> None:
     _refuse_the_impossible(context)
     outcomes = apply_all(Phase.REGISTER, context)
     if context.for_device.yes and not context.for_vllm.yes:
-        once(logger, logging.WARNING, f"vllm-sm12x is off: {context.for_vllm.reason}.")
+        off = f"vllm-sm12x is off and vLLM as it is: {context.for_vllm.reason}."
+        once(logger, logging.WARNING, off)
     elif context.active:
         in_front_end = multiprocessing.parent_process() is None
         once(logger, logging.INFO if in_front_end else logging.DEBUG, _summary(context, outcomes))
+        if in_front_end and context.untested:
+            once(logger, logging.WARNING, context.untested)
 
 
 def _refuse_the_impossible(context: Context) -> None:

@@ -7,21 +7,23 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 
 import pytest
+import triton
 from cross_compile import Case, Compiled, compile_case
-
-_measured = pytest.StashKey[dict[Case, list[Compiled]]]()
 
 
 @pytest.fixture(scope="module")
-def compiled(request: pytest.FixtureRequest) -> Iterator[Callable[[Case], list[Compiled]]]:
-    """What the launches of a case compile to; all parametrised cases are compiled side by side."""
+def compiler(request: pytest.FixtureRequest) -> Iterator[Callable[[Case], list[Compiled]]]:
+    """What the launches of a case compile to; the module's cases are compiled side by side."""
     wanted = [
         item.callspec.params["case"]
         for item in request.session.items
-        if hasattr(item, "callspec") and isinstance(item.callspec.params.get("case"), Case)
+        if item.path == request.path
+        and hasattr(item, "callspec")
+        and isinstance(item.callspec.params.get("case"), Case)
     ]
-    measured = request.config.stash.setdefault(_measured, {})
-    pool = ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"))
+    sharing = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    processes = max(1, (os.cpu_count() or 1) // sharing)
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
     futures: dict[Case, Future] = {}
 
     def start(case: Case) -> None:
@@ -32,8 +34,7 @@ def compiled(request: pytest.FixtureRequest) -> Iterator[Callable[[Case], list[C
     def get(case: Case) -> list[Compiled]:
         if case not in futures:
             start(case)
-        launches = measured[case] = futures[case].result()
-        return launches
+        return futures[case].result()
 
     for case in wanted:
         start(case)
@@ -41,20 +42,47 @@ def compiled(request: pytest.FixtureRequest) -> Iterator[Callable[[Case], list[C
     pool.shutdown(cancel_futures=True)
 
 
-def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    table: dict[tuple[str, str, str], list[Compiled]] = {}
-    for case, launches in config.stash.get(_measured, {}).items():
-        for launch in () if case.tile is None else launches:
+@pytest.fixture
+def compiled(
+    compiler: Callable[[Case], list[Compiled]], record_property: Callable[[str, object], None]
+) -> Callable[[Case], list[Compiled]]:
+    """`compiled(case)`: its launches, which are also put on record for the summary."""
+
+    def get(case: Case) -> list[Compiled]:
+        launches = compiler(case)
+        for index, launch in enumerate(() if case.tile is None else launches):
+            variant = f"{case!r} launch {index}"
             key = (launch.kernel, case.tile, f"sm_{case.arch}")
-            table.setdefault(key, []).append(launch)
+            record_property("compiled", (variant, *key, *_sizes(launch)))
+        return launches
+
+    return get
+
+
+def _sizes(launch: Compiled) -> tuple[int, int, int]:
+    return launch.registers, launch.shared, launch.stack
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    # Reports carry it, so that it also arrives from pytest-xdist's workers.
+    rows = {
+        tuple(value)
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        for name, value in getattr(report, "user_properties", ())
+        if name == "compiled"
+    }
+    table: dict[tuple[str, str, str], list[tuple[int, int, int]]] = {}
+    for _, kernel, tile, arch, *sizes in rows:
+        table.setdefault((kernel, tile, arch), []).append(tuple(sizes))
     if not table:
         return
-    terminalreporter.section("compiled for SM12x: the largest of each kernel's variants")
+    terminalreporter.section(
+        f"compiled for SM12x by Triton {triton.__version__}: the largest of each kernel's variants"
+    )
     row = "{:<26}{:>12}{:>8}{:>10}{:>11}{:>10}{:>8}".format
     header = ("kernel", "tile", "arch", "variants", "registers", "shared B", "stack B")
     terminalreporter.write_line(row(*header))
-    for key, launches in sorted(table.items()):
-        sizes = [(launch.registers, launch.shared, launch.stack) for launch in launches]
+    for key, sizes in sorted(table.items()):
         largest = [max(column) for column in zip(*sizes, strict=True)]
-        kernel, tile, arch = key
-        terminalreporter.write_line(row(kernel, tile, arch, len(launches), *largest))
+        terminalreporter.write_line(row(*key, len(sizes), *largest))

@@ -4,16 +4,24 @@
 Cache dtypes and block sizes that do not fit are refused with the config, in test_config.py.
 """
 
+import json
 import re
 import sys
+from importlib import metadata
 
 import pytest
+from packaging.version import Version
 from toolkits import cuda_toolkit, deep_gemm_package
+
+from vllm_sm12x.vllm_api.version import PINS
 
 pytestmark = pytest.mark.contract
 
 STOCK_PLATFORM = "vllm.platforms.cuda.NvmlCudaPlatform"
 T4 = {"capability": "7.5", "name": "Tesla T4"}
+VLLM = Version(metadata.version("vllm"))
+# From 0.32 on vLLM loads plugins before it configures logging: warnings come without their level.
+AS_IT_IS = Version("0.32") <= VLLM
 
 # Variable, value, and what the refusal must say is allowed.
 BAD_SETTINGS = [
@@ -139,13 +147,19 @@ def test_a_gpu_below_sm80_is_left_alone_in_silence(turing):
     assert "vllm-sm12x" not in turing.output
 
 
+def distribution(folder, name, version, entry_points=""):
+    """A folder for the front of the path in which a distribution is installed, by its metadata."""
+    info = folder / f"{name}-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (info / "entry_points.txt").write_text(entry_points)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def below_the_floor(host, tmp_path_factory):
     """The installed vLLM under a dist-info that calls it 0.22.1."""
-    older = tmp_path_factory.mktemp("older")
-    info = older / "vllm-0.22.1.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.22.1\n")
+    older = distribution(tmp_path_factory.mktemp("older"), "vllm", "0.22.1")
     return host(
         f"""{PLUGIN}
 unforced = failure_of(load_plugin)
@@ -163,14 +177,18 @@ answer({{
     )
 
 
+def lines_with(words, run):
+    return [line for line in run.output.splitlines() if words in line]
+
+
 def test_a_vllm_below_the_floor_is_left_alone_with_one_warning(below_the_floor):
     assert below_the_floor.answer["platform"] == STOCK_PLATFORM
     assert below_the_floor.answer["unforced"] is None
     assert below_the_floor.answer["untouched"]
-    warnings = [line for line in below_the_floor.output.splitlines() if "vllm-sm12x is off" in line]
-    assert len(warnings) == 1
-    assert "WARNING" in warnings[0]
-    assert "vLLM 0.22.1 is installed" in warnings[0] and ">=0.23" in warnings[0]
+    (warning,) = lines_with("vllm-sm12x is off", below_the_floor)
+    assert "WARNING" in warning or AS_IT_IS
+    assert "vLLM 0.22.1 is installed" in warning and ">=0.23" in warning
+    assert f"install vllm=={PINS[-1]}" in warning
 
 
 def test_a_vllm_below_the_floor_cannot_be_forced(below_the_floor):
@@ -180,7 +198,66 @@ def test_a_vllm_below_the_floor_cannot_be_forced(below_the_floor):
     assert "vLLM 0.22.1" in sentence and ">=0.23" in sentence
 
 
+UNTESTED = {
+    "9.9.0": "vLLM 9.9.0 is newer than",
+    "0.27.1.dev3+g1234abc": "vLLM 0.27.1.dev3+g1234abc is a development build",
+}
+
+
+@pytest.mark.parametrize("version", UNTESTED)
+def test_a_vllm_that_nobody_tested_is_served_with_a_warning(host, tmp_path, version):
+    run = host(
+        """
+config = engine_config(MODEL)
+answer({"platform": platform_facts()["class"], "worker": worker_facts(config)})
+""",
+        first_on_path=[distribution(tmp_path / "other", "vllm", version)],
+    )
+    assert run.answer["worker"]["attention"].endswith("TritonMlaSparseAttention")
+    (warning,) = lines_with(UNTESTED[version], run)
+    assert "WARNING" in warning or AS_IT_IS
+    for words in ("is on", "off where", "vllm-sm12x doctor", f"install vllm=={PINS[-1]}"):
+        assert words in warning
+    doctor = host.command(
+        [sys.executable, "-m", "vllm_sm12x", "doctor", "--json"],
+        gpu={"FAKE_NVML_CAPABILITY": "12.0", "FAKE_NVML_NAME": "a GPU", "FAKE_NVML_COUNT": "1"},
+        first_on_path=[tmp_path / "other"],
+    )
+    facts = json.loads(doctor.stdout)
+    assert facts["health"] == "healthy"
+    assert [UNTESTED[version] in finding for finding in facts["findings"]] == [True]
+
+
+def test_two_platform_plugins_are_named_before_vllm_refuses(host, tmp_path):
+    entry_points = "[vllm.platform_plugins]\nother = other_platform:platform\n"
+    folder = distribution(tmp_path / "other", "other-platform", "1.0", entry_points)
+    (folder / "other_platform.py").write_text(f"def platform(): return {STOCK_PLATFORM!r}\n")
+    both = host(
+        "answer(failure_of(platform_facts))", first_on_path=[folder], env={"VLLM_PLUGINS": ""}
+    )
+    assert both.answer is None, "neither is on the list"
+    both = host("answer(failure_of(platform_facts))", first_on_path=[folder])
+    assert both.answer.startswith("RuntimeError: Only one platform plugin can be activated")
+    (sentence,) = lines_with("Nothing is on", both)
+    assert "ERROR" in sentence or AS_IT_IS
+    assert "sm12x and other: uninstall other, or list in VLLM_PLUGINS" in sentence
+    chosen = {"VLLM_PLUGINS": "sm12x"}
+    run = host("answer(platform_facts()['class'])", first_on_path=[folder], env=chosen)
+    assert run.answer.endswith("Sm12xPlatform") and not lines_with("Nothing is on", run)
+    doctor = host.command(
+        [sys.executable, "-m", "vllm_sm12x", "doctor", "--json"],
+        gpu={"FAKE_NVML_CAPABILITY": "12.0", "FAKE_NVML_NAME": "a GPU", "FAKE_NVML_COUNT": "1"},
+        first_on_path=[folder],
+        check=False,
+    )
+    assert doctor.returncode == 2
+    assert "sm12x and other: uninstall other" in json.loads(doctor.stdout)["findings"][0]
+
+
 # What is refused with the config, in the front end; with variables, flags, and parts of the answer.
+FP4_KEYS = (
+    {"use_fp4_indexer_cache": True} if Version("0.30") > VLLM else {"indexer_kv_dtype": "mxfp4"}
+)
 NO_NVCC = "nvcc was not found (/nowhere/bin/nvcc does not exist)"
 GET_NVCC = "install CUDA toolkit 12.9 or later and set CUDA_HOME to it"
 UNSERVED = {
@@ -194,9 +271,9 @@ UNSERVED = {
         ["The op hc_prenorm_gemm has no provider", NO_NVCC, "set hc_prenorm_gemm=triton"],
     ),
     "FP4 indexer cache": (
-        {}, ["--attention-config", '{"use_fp4_indexer_cache": true}'],
+        {}, ["--attention-config", json.dumps(FP4_KEYS)],
         ["mqa_logits and paged_mqa_logits have no provider for an FP4 indexer cache", "FP8",
-         'leave "use_fp4_indexer_cache" out of --attention-config'],
+         f'leave "{next(iter(FP4_KEYS))}"'],
     ),
     "prefill context parallelism": (
         {}, ["--prefill-context-parallel-size", "2"],

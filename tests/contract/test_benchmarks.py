@@ -27,6 +27,8 @@ from vllm_sm12x.ops.hc_prenorm_gemm.spec import HC_PRENORM_GEMM
 from vllm_sm12x.ops.mqa_logits.spec import MQA_LOGITS
 from vllm_sm12x.ops.paged_mqa_logits.spec import PAGED_MQA_LOGITS
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 

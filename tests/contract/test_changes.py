@@ -24,7 +24,6 @@ from vllm_sm12x.changes.change import (
     wrapped_by,
 )
 from vllm_sm12x.device import Device, NoDevice
-from vllm_sm12x.vllm_api.version import PINS, SUPPORTED
 
 ROOT = Path(__file__).parents[2]
 SM120 = Device("NVIDIA RTX PRO 6000", (12, 0), 96 * 2**30, "580.95")
@@ -112,15 +111,6 @@ class TestTable:
     def test_rows_say_everything(self, change):
         assert change.what and change.why and change.upstream and change.retire and change.touches
         assert all(symbol.startswith("vllm.") for symbol in change.touches)
-
-
-def test_pins_are_those_of_the_project():
-    tomllib = pytest.importorskip("tomllib", reason="in the standard library from Python 3.11 on")
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert list(PINS) == project["tool"]["vllm-sm12x"]["pins"]
-    assert all(SUPPORTED.contains(pin) for pin in PINS)
-    floor = next(line for line in project["project"]["dependencies"] if line.startswith("vllm"))
-    assert floor == f"vllm{SUPPORTED}"
 
 
 class TestStates:

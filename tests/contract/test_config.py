@@ -166,11 +166,17 @@ def backend_of(*flags):
 def experts(host):
     """What vLLM's own choice of an MXFP4 backend says for the tiny checkpoint."""
     return host(f"""{MXFP4_EXPERTS}
+def answer_or_failure(*flags):
+    try:
+        return backend_of(*flags)
+    except ValueError as error:
+        return f"ValueError: {{error}}"
+
 answer({{
     "auto": backend_of(),
     "marlin": backend_of("--moe-backend", "marlin"),
-    "emulation": backend_of("--moe-backend", "emulation"),
-    "deep_gemm": failure_of(backend_of, "--moe-backend", "deep_gemm"),
+    "emulation": answer_or_failure("--moe-backend", "emulation"),
+    "deep_gemm": answer_or_failure("--moe-backend", "deep_gemm"),
 }})
 """).answer
 
@@ -184,9 +190,12 @@ def test_without_the_plugin_they_run_on_deep_gemm_from_024_on(host, vllm_version
     assert stock == ("DEEPGEMM_MXFP4" if vllm_version >= (0, 24) else "MARLIN")
 
 
-@pytest.mark.parametrize("backend", ["marlin", "emulation"])
-def test_the_users_moe_backend_stands(experts, backend):
-    assert experts[backend] == backend.upper()
+def test_the_users_moe_backend_stands(experts):
+    assert experts["marlin"] == "MARLIN"
+    # Some releases emulate with a package of AMD's, and refuse without it.
+    assert experts["emulation"] == "EMULATION" or (
+        experts["emulation"].startswith("ValueError: ") and "'EMULATION'" in experts["emulation"]
+    )
 
 
 def test_a_moe_backend_that_cannot_serve_is_refused_by_vllm_not_replaced(experts):

@@ -17,6 +17,8 @@ from rich.console import Console
 from vllm_sm12x import demo, device
 from vllm_sm12x.demo import serving
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parents[2]
 H200 = device.Device("NVIDIA H200", (9, 0), 141 << 30, "570.0")
 OLD = device.Device("Tesla T4", (7, 5), 16 << 30, "570.0")

@@ -10,6 +10,8 @@ from vllm_sm12x.device import Device, NoDevice
 
 pynvml = pytest.importorskip("pynvml", reason="nvidia-ml-py is a dependency of vllm-sm12x")
 
+pytestmark = pytest.mark.once
+
 # name, capability, UUID
 GPUS = [
     ("NVIDIA H200", (9, 0), "GPU-aaaa1111"),

@@ -121,7 +121,7 @@ def test_no_gpu_is_degraded(machine, monkeypatch, capsys):
 def test_no_vllm_is_degraded(machine, monkeypatch, capsys):
     no_package(monkeypatch, "vllm")
     assert doctor.run_doctor() == 1
-    assert "no vLLM is installed; vllm-sm12x needs >=0.23" in capsys.readouterr().out
+    assert "no vLLM is installed, and vllm-sm12x needs >=0.23" in capsys.readouterr().out
 
 
 def test_plugin_that_vllm_may_not_load_is_degraded(machine, monkeypatch, capsys):

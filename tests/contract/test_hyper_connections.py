@@ -44,14 +44,39 @@ def ours():
 SITUATION = (
     APPLY
     + """
+import importlib.util
+
+def compiled_at_start():
+    # How many TileLang kernels vLLM compiles for DeepSeek V4 and V4.1; None where it does not.
+    if importlib.util.find_spec("vllm.model_executor.warmup.jit_warmup") is None:
+        return None
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.kernels.mhc import tilelang_kernels
+    from vllm.model_executor.warmup.jit_warmup import JitWarmupRegistry
+
+    config, counts = deepseek_v4, []
+    for architecture in ("DeepseekV4ForCausalLM", "DeepseekV41ForCausalLM"):
+        config.model_config.model_arch_config.architectures = [architecture]
+        registry = JitWarmupRegistry(config)
+        with set_current_vllm_config(config), registry.activate():
+            for name, kernel in vars(tilelang_kernels).items():
+                if name.endswith("_TILELANG_KERNEL"):
+                    kernel.register_warmup(hidden_size=4096)
+        counts.append(len(registry))
+    return counts
+
+deepseek_v4 = engine_config(MODEL)  # which loads the plugin, and registers its name
 stock = vllm_symbols()
+compiled = [compiled_at_start()]
 applied, state = settled()
+compiled.append(compiled_at_start())
 replaced_names = ours()
 _, again = settled(capability=(9, 0), switch=True)
 applied.undo_all()
 left = replaced(stock, vllm_symbols())
+compiled.append(compiled_at_start())
 answer({"state": state, "ours": replaced_names, "not 12.x": again, "left": left,
-        "ours after undo": ours(), "declared": row.touches})
+        "ours after undo": ours(), "declared": row.touches, "compiled": compiled})
 """
 )
 
@@ -113,10 +138,11 @@ def normal(*size):
 
 layer = model.DeepseekV4DecoderLayer.__new__(model.DeepseekV4DecoderLayer)
 torch.nn.Module.__init__(layer)
+layer.use_sequence_parallel = False
 layer.hidden_size, layer.hc_mult, layer.hc_sinkhorn_iters = WIDTH, STREAMS, 20
 layer.rms_norm_eps, layer.hc_eps, layer.hc_post_alpha = 1e-6, 1e-6, 2.0
 layer.attn = lambda positions, x, _: (x * 0.5 + positions[:, None]).bfloat16()
-layer.ffn = lambda x, ids: (x.float().tanh() * 3).bfloat16()
+layer.ffn = lambda x, *others: (x.float().tanh() * 3).bfloat16()
 for part in ("attn", "ffn"):
     cells = STREAMS * (2 + STREAMS)
     fn = normal(cells, STREAMS * WIDTH) * 2 / (STREAMS * WIDTH) ** 0.5
@@ -211,6 +237,18 @@ def test_every_name_in_the_model_and_its_drafts_is_ours(situation, vllm_version)
     assert situation["ours"] == want
     declared = {tuple(symbol.split(".")[-2:]) for symbol in situation["declared"]}
     assert declared == {(module, name) for module, names in want.items() for name in names}
+
+
+def test_tilelang_is_not_compiled_at_start(situation):
+    """0.32 is the first pin that does: without nvcc the engine then ends before it is ready.
+
+    V4.1 calls the kernels, and keeps them.
+    """
+    stock, ours, undone = situation["compiled"]
+    assert stock == undone
+    if stock is not None:
+        assert stock[0] == stock[1] == 5
+        assert ours == [0, 5]
 
 
 def test_undo_gives_everything_back(situation):

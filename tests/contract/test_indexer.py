@@ -80,18 +80,23 @@ class Requests:
 def builder(module: Any, *, speculative: int = 0) -> Any:
     """Our builder with what vLLM's constructor would have put in, but no GPU."""
     made = module.IndexerMetadataBuilder.__new__(module.IndexerMetadataBuilder)
-    buffers = ("decode_lens_buffer", "decode_seq_lens_buffer", "expanded_seq_lens_buffer")
+    buffers = ("decode_lens", "per_req_decode_lens", "decode_seq_lens", "expanded_seq_lens")
     for name in buffers:
-        setattr(made, name, torch.zeros(64, dtype=torch.int32))
+        setattr(made, f"{name}_buffer", torch.zeros(64, dtype=torch.int32))
     made.compressed_slot_mapping_buffer = torch.zeros(64, dtype=torch.int64)
-    made.expanded_block_table_buffer = torch.zeros(64, 8, dtype=torch.int32)
     made.scheduler_metadata_buffer = torch.zeros(133, 2, dtype=torch.int32)
     made.arange_buffer = made.offsets_buffer = torch.arange(64, dtype=torch.int32)
     made.num_speculative_tokens, made.use_flattening = speculative, False
     made.reorder_batch_threshold = made.decode_threshold = 1 + speculative
     made.compress_ratio, made.max_prefill_buffer_size = RATIO, COLUMNS
-    made.kv_cache_spec = SimpleNamespace(storage_block_size=BLOCK, block_size=BLOCK * RATIO)
-    made.num_sms, made.use_pcp = 132, False
+    made.kv_cache_spec = SimpleNamespace(
+        storage_block_size=BLOCK, num_states=BLOCK, block_size=BLOCK * RATIO
+    )
+    made.vllm_config = SimpleNamespace(
+        speculative_config=None, compilation_config=SimpleNamespace(cudagraph_mode=None)
+    )
+    made.num_sms, made.use_pcp, made.supports_varlen, made.tp_size = 132, False, False, 1
+    made.compressed_cp_interleave_size = 1
     made.one_pass = module.in_one_pass()
     made.dcp_world_size = made.pcp_world_size = 1
     made.dcp_rank, made.cp_kv_cache_interleave_size = 0, 1
@@ -160,7 +165,11 @@ def select(request, module, monkeypatch):
 
     monkeypatch.setenv("VLLM_SM12X_ONE_PASS_TOP_K", request.param)
     stock = api.builder_module
-    split = stock.split_indexer_prefill_chunks
+    # A function of the module, since 0.32 of the class.
+    owner, name = stock, "split_indexer_prefill_chunks"
+    if not hasattr(owner, name):
+        owner, name = stock.DeepseekV32IndexerMetadataBuilder, f"_{name}"
+    split = getattr(owner, name)
     monkeypatch.setattr(stock, "get_compressed_slot_mapping", lambda *args, **kwargs: None)
     monkeypatch.setattr(stock, "build_prefill_chunk_metadata", prefill_chunk)
     monkeypatch.setattr(module, "gather_keys", gather_keys)
@@ -178,11 +187,12 @@ def select(request, module, monkeypatch):
 
     def run(requests: Requests, *, speculative: int = 0, cap: int = 2**20, padding: int = 0):
         monkeypatch.setattr(module, "max_logits_bytes", lambda: cap)
-        monkeypatch.setattr(
-            stock,
-            "split_indexer_prefill_chunks",
-            lambda lens, new, keys, _, **offset: split(lens, new, keys, cap, **offset),
-        )
+
+        def split_by_cap(lens, new, keys, _, **offset):
+            return split(lens, new, keys, cap, **offset)
+
+        by_class = owner is not stock
+        monkeypatch.setattr(owner, name, staticmethod(split_by_cap) if by_class else split_by_cap)
         metadata = builder(module, speculative=speculative).build(0, requests.common())
         monkeypatch.setattr(module, "current_metadata", lambda: {"k_cache": metadata})
         tokens = sum(requests.query_lens) + padding

@@ -8,6 +8,8 @@ import pytest
 
 from vllm_sm12x import knobs
 
+pytestmark = pytest.mark.once
+
 # Names and defaults that users of the SM12x forks of vLLM already have in their scripts.
 ESTABLISHED = {
     "VLLM_TRITON_MLA_SPARSE": None,

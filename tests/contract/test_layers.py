@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.once
+
 PACKAGE = Path(__file__).parents[2] / "vllm_sm12x"
 LEAVES = {"", "knobs", "device", "log"}  # "" is vllm_sm12x itself
 MAY_IMPORT = {

@@ -3,8 +3,12 @@
 
 from pathlib import Path
 
+import pytest
+
 import vllm_sm12x.ops
 from vllm_sm12x.ops.specs import SPECS
+
+pytestmark = pytest.mark.once
 
 OPS = Path(vllm_sm12x.ops.__file__).parent
 PARTS = {"__init__.py", "README.md", "config.py", "kernel.py", "reference.py", "spec.py"}

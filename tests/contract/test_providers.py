@@ -2,10 +2,10 @@
 """Who serves each op: what is found, what is refused in which words, and DeepGEMM's adapters."""
 
 import inspect
+import math
 import os
 import sys
 from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 import torch
@@ -213,14 +213,6 @@ class TestServedOps:
         assert served["mqa_logits"].provider == "triton"
 
 
-@pytest.fixture
-def wrappers(monkeypatch):
-    """A stand-in for vllm.utils.deep_gemm that checks what it is given, and computes plainly."""
-    stand_in = mock.Mock(spec_set=DeepGemmStandIn, wraps=DeepGemmStandIn())
-    monkeypatch.setattr(deep_gemm, "wrappers", lambda: stand_in)
-    return stand_in
-
-
 class DeepGemmStandIn:
     """The signatures of vllm.utils.deep_gemm, and what DeepGEMM's host code asserts."""
 
@@ -260,15 +252,72 @@ class DeepGemmStandIn:
             out[split], sqrsum[split] = (each[0] for each in hc_prenorm_gemm_reference(*part))
 
 
+class DeepGemmStandInFrom028(DeepGemmStandIn):
+    """Rows of one request may name it."""
+
+    def get_paged_mqa_logits_metadata(self, context_lens, block_size, num_sms, indices=None):
+        assert indices is None
+        return super().get_paged_mqa_logits_metadata(context_lens, block_size, num_sms)
+
+    def fp8_fp4_paged_mqa_logits(
+        self, q, kv_cache, weights, context_lens, block_tables, schedule_metadata, max_model_len,
+        clean_logits, indices=None,
+    ):  # fmt: skip
+        assert indices is None
+        return super().fp8_fp4_paged_mqa_logits(
+            q, kv_cache, weights, context_lens, block_tables, schedule_metadata, max_model_len,
+            clean_logits,
+        )  # fmt: skip
+
+
+class DeepGemmStandInFrom033(DeepGemmStandInFrom028):
+    """Scores of a prefill begin at each row's first key, and nothing is cleaned."""
+
+    def fp8_fp4_mqa_logits(self, q, kv, weights, cu_seqlen_ks, cu_seqlen_ke, max_seqlen_k):
+        assert max_seqlen_k > 0 and max_seqlen_k >= int((cu_seqlen_ke - cu_seqlen_ks).max())
+        whole = super().fp8_fp4_mqa_logits(q, kv, weights, cu_seqlen_ks, cu_seqlen_ke, False)
+        compressed = whole.new_full((len(whole), max_seqlen_k), math.nan)
+        ranges = zip(cu_seqlen_ks.tolist(), cu_seqlen_ke.tolist(), strict=True)
+        for row, (start, end) in enumerate(ranges):
+            compressed[row, : end - start] = whole[row, start:end]
+        return compressed
+
+    def fp8_fp4_paged_mqa_logits(
+        self, q, kv_cache, weights, context_lens, block_tables, schedule_metadata, max_model_len,
+        indices=None,
+    ):  # fmt: skip
+        logits = super().fp8_fp4_paged_mqa_logits(
+            q, kv_cache, weights, context_lens, block_tables, schedule_metadata, max_model_len,
+            True, indices,
+        )  # fmt: skip
+        return logits.masked_fill(logits == -math.inf, math.nan)
+
+
+GENERATIONS = {
+    (0, 23): DeepGemmStandIn,
+    (0, 28): DeepGemmStandInFrom028,
+    (0, 33): DeepGemmStandInFrom033,
+}
+
+
+@pytest.fixture(params=GENERATIONS, ids=lambda first: "from {}.{}".format(*first))
+def wrappers(request, monkeypatch):
+    """A stand-in for vllm.utils.deep_gemm that checks what it is given, and computes plainly."""
+    stand_in = GENERATIONS[request.param]()
+    monkeypatch.setattr(deep_gemm, "wrappers", lambda: stand_in)
+    return stand_in
+
+
 class TestAdapters:
     """DeepGEMM behind the signatures of our ops gives what the ops' oracles give."""
 
-    def test_the_stand_in_has_the_signatures_of_vllm(self):
+    def test_the_stand_in_has_the_signatures_of_vllm(self, vllm_version):
         """But for fp8_einsum, whose arguments vLLM hands on as they are."""
+        stand_in = GENERATIONS[max(first for first in GENERATIONS if first <= vllm_version)]()
         methods = {name for name in vars(DeepGemmStandIn) if not name.startswith("_")}
         for name in methods - {"fp8_einsum"}:
             theirs = inspect.signature(getattr(deep_gemm.wrappers(), name)).parameters
-            ours = inspect.signature(getattr(DeepGemmStandIn(), name)).parameters
+            ours = inspect.signature(getattr(stand_in, name)).parameters
             assert list(ours) == list(theirs), name
 
     @pytest.mark.parametrize("given_out", [False, True])
@@ -278,7 +327,9 @@ class TestAdapters:
         out = torch.empty_like(want) if given_out else None
         got = deep_gemm_ops.mqa_logits(**inputs, out=out)
         assert out is None or got is out
-        assert torch.equal(got, want)
+        column = torch.arange(want.shape[1])
+        seen = (column >= inputs["ks"][:, None]) & (column < inputs["ke"][:, None])
+        assert seen.any(1).all() and torch.equal(got[seen], want[seen])
 
     @pytest.mark.parametrize("lens", ["full", "ragged", "rows"])
     @pytest.mark.parametrize("next_n", [1, 2, 3, 5])
@@ -315,8 +366,8 @@ class TestAdapters:
         torch.testing.assert_close(out.sum(0), want[0], rtol=1e-4, atol=1e-3)
         torch.testing.assert_close(sqrsum.sum(0), want_sqrsum[0])
 
-    def test_nothing_is_asked_for_no_tokens(self, wrappers):
+    def test_nothing_is_asked_for_no_tokens(self, monkeypatch):
+        monkeypatch.setattr(deep_gemm, "wrappers", lambda: pytest.fail("asked"))
         x, fn = torch.empty(0, 512, dtype=torch.bfloat16), torch.empty(24, 512)
         out, sqrsum = deep_gemm_ops.hc_prenorm_gemm(x, fn)
         assert out.shape[1:] == (0, 24) and sqrsum.shape[1:] == (0,)
-        assert wrappers.mock_calls == []

@@ -2,6 +2,9 @@
 """The README's tables are those of the code."""
 
 import importlib.util
+import os
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,11 +12,21 @@ import pytest
 from vllm_sm12x import knobs
 from vllm_sm12x.changes import CHANGES
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def script():
+    pytest.importorskip("tomllib", reason="in the standard library from Python 3.11 on")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        # As for a script that Python runs from its folder.
+        monkeypatch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])
+        return _loaded()
+
+
+def _loaded():
     spec = importlib.util.spec_from_file_location(
         "update_readme", ROOT / "scripts/update_readme.py"
     )
@@ -31,11 +44,11 @@ def test_readme_is_up_to_date(script):
 def test_old_tables_are_replaced_and_the_rest_stays(script, old):
     text = "".join(
         f"before {name}\n<!-- begin:{name} -->\n{old}<!-- end:{name} -->\nafter {name}\n"
-        for name in ("changes", "settings")
+        for name in ("pins", "changes", "settings")
     )
     new = script.updated(text)
     assert "\nold\n" not in new
-    assert [new.count(table()) for table in script.TABLES.values()] == [1, 1]
+    assert [new.count(table()) for table in script.TABLES.values()] == [1, 1, 1]
     assert all(f"`{change.name}`" in new for change in CHANGES)
     assert all(f"`{knob.name}`" in new for knob in knobs.KNOBS)
     assert all(
@@ -44,7 +57,7 @@ def test_old_tables_are_replaced_and_the_rest_stays(script, old):
     assert script.updated(new) == new
 
 
-@pytest.mark.parametrize("text", ["", "<!-- begin:changes -->\n<!-- end:changes -->\n"])
+@pytest.mark.parametrize("text", ["", "<!-- begin:pins -->\n<!-- end:pins -->\n"])
 def test_missing_markers_are_an_error(script, text):
     with pytest.raises(ValueError, match="README.md needs one <!-- begin:"):
         script.updated(text)
@@ -54,3 +67,11 @@ def test_a_cell_never_breaks_its_table(script):
     for table in (make() for make in script.TABLES.values()):
         bars = {line.count("|") for line in table.splitlines()}
         assert len(bars) == 1
+
+
+def test_the_commands_to_try_are_there():
+    section = (ROOT / "README.md").read_text().split("\n## Try it\n")[1].split("\n## ")[0]
+    blocks = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
+    commands = [line.split()[0] for block in blocks for line in block.splitlines()]
+    assert commands == ["./scripts/demo", "./scripts/test"]
+    assert all(os.access(ROOT / command, os.X_OK) for command in commands)

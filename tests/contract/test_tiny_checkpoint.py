@@ -360,17 +360,18 @@ def test_every_token_is_distinct_and_in_range(tokenizer):
 def test_chat_template_writes_vllms_prompt_encoding(checkpoint: Path, tokenizer):
     from transformers import AutoTokenizer
 
+    plain_chat = {"enable_thinking": False}  # the default until 0.32 turned it round
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "One?"},
         {"role": "assistant", "content": "Two."},
         {"role": "user", "content": "Drei, 四?"},
     ]
-    prompt = tokenizer.apply_chat_template(messages, tokenize=False)
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, **plain_chat)
     plain = AutoTokenizer.from_pretrained(checkpoint)
     rendered = plain.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert rendered == prompt
-    assert tokenizer.decode(tokenizer.apply_chat_template(messages)) == prompt
+    assert tokenizer.decode(tokenizer.apply_chat_template(messages, **plain_chat)) == prompt
 
 
 # Activations

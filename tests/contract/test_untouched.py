@@ -11,7 +11,7 @@ def applied(host):
     """vLLM's symbols before the plugin applies, after it, after it again, and after undoing."""
     return host(
         """
-import vllm.entrypoints.openai.cli_args
+import vllm.entrypoints.cli.serve
 import vllm.models.deepseek_v4.nvidia.model
 import vllm.v1.engine.core
 import vllm.v1.worker.gpu_worker

@@ -101,7 +101,25 @@ class Context:
         if vllm_version.supported(self.vllm):
             return Verdict(True, f"vLLM {self.vllm}")
         found = f"vLLM {self.vllm}" if self.vllm else "no vLLM"
-        return Verdict(False, f"{found} is installed; vllm-sm12x needs {vllm_version.SUPPORTED}")
+        needed = f"vllm-sm12x needs {vllm_version.SUPPORTED}: install vllm=={vllm_version.PINS[-1]}"
+        return Verdict(False, f"{found} is installed, and {needed}")
+
+    @property
+    def untested(self) -> str | None:
+        """What a user of a supported vLLM should know that no pin is like; else None."""
+        newest = Version(vllm_version.PINS[-1])
+        if self.vllm is None or not self.for_vllm.yes:
+            return None
+        if self.vllm.is_prerelease:
+            what = "is a development build"
+        elif Version(self.vllm.base_version) > newest:
+            what = f"is newer than {newest}, the newest release that vllm-sm12x is tested on"
+        else:
+            return None
+        return (
+            f"vLLM {self.vllm} {what}: each change is on where it proves itself and off where vLLM "
+            f"has moved; look with `vllm-sm12x doctor`, or install vllm=={newest}."
+        )
 
     @property
     def active(self) -> bool:
@@ -264,12 +282,13 @@ def _exists(symbol: str) -> bool:
 def wrap(
     undo: ExitStack, owner: Any, attribute: str, name: str, around: Callable[..., Any]
 ) -> None:
-    """Put `around(original, *args, **kwargs)` in place of `owner.attribute`.
+    """Put `around(original, *args, **kwargs)` in place of `owner.attribute`, its own or inherited.
 
     The wrapper carries `__sm12x__ = name`, so that it can be recognised and taken off again.
     Raises RuntimeError when undone under somebody else's later wrapper.
     """
-    original = vars(owner)[attribute]
+    inherited = attribute not in vars(owner)
+    original = getattr(owner, attribute) if inherited else vars(owner)[attribute]
 
     @functools.wraps(original)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -281,7 +300,10 @@ def wrap(
     def restore() -> None:
         if vars(owner)[attribute] is not wrapper:
             raise RuntimeError(f"{owner!r}.{attribute} was changed again after {name}")
-        setattr(owner, attribute, original)
+        if inherited:
+            delattr(owner, attribute)
+        else:
+            setattr(owner, attribute, original)
 
     undo.callback(restore)
 

@@ -14,7 +14,7 @@ NAME = "hyper_connections"
 
 
 def _replace_by_name(context: Context, undo: ExitStack) -> None:
-    from vllm_sm12x.integration.hyper_connections import REPLACEMENTS
+    from vllm_sm12x.integration.hyper_connections import REPLACEMENTS, register_warmup
 
     functions = stock.stock_functions()
     for module in stock.modules():
@@ -25,6 +25,9 @@ def _replace_by_name(context: Context, undo: ExitStack) -> None:
             if theirs != ours:
                 raise RuntimeError(f"vLLM's {name} takes {theirs}, and its counterpart {ours}")
             wrap(undo, module, name, NAME, _instead(REPLACEMENTS[name]))
+    warm_up = stock.warm_up_owner()
+    if warm_up is not None:
+        wrap(undo, warm_up, stock.REGISTER_WARMUP, NAME, register_warmup)
 
 
 def _instead(replacement: Callable[..., Any]) -> Callable[..., Any]:
@@ -42,6 +45,9 @@ def _model_calls_ours(context: Context) -> Verdict:
     others = [call for call, function in calls.items() if wrapped_by(function) != NAME]
     if others or not calls:
         return Verdict(False, f"still vLLM's own: {', '.join(others) or 'no call was found'}")
+    warm_up = stock.warm_up_owner()
+    if warm_up is not None and wrapped_by(getattr(warm_up, stock.REGISTER_WARMUP)) != NAME:
+        return Verdict(False, "vLLM still compiles their TileLang kernels at start")
     return Verdict(True, f"{len(calls)} calls of the model, its MTP layer and drafters are ours")
 
 
@@ -53,7 +59,7 @@ ROWS = (
         what="DeepSeek V4's hyper-connections (mHC) run in Triton, on SM12x.",
         why="Their TileLang kernels need an nvcc that fits the installed CUDA headers: `CUDA "
         "compiler and CUDA toolkit headers are incompatible`. With one, requests wait while new "
-        "batch sizes compile.",
+        "batch sizes compile. Newer releases compile them all at start.",
         upstream="https://github.com/vllm-project/vllm/issues/48809",
         touches=stock.symbols(),
         requires=("worker",),

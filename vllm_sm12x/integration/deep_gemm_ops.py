@@ -29,10 +29,7 @@ def mqa_logits(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`ops.mqa_logits`, fp32 [M, N], unspecified outside each row's [ks, ke)."""
-    logits = deep_gemm.wrappers().fp8_fp4_mqa_logits(
-        (q.contiguous(), None), (k, k_scale), weights, ks, ke, clean_logits=False
-    )
-    return _into(out, logits)
+    return _into(out, deep_gemm.mqa_logits(q.contiguous(), k, k_scale, weights, ks, ke))
 
 
 def paged_mqa_logits(
@@ -58,18 +55,10 @@ def paged_mqa_logits(
         q = q.reshape(requests * next_n, 1, heads, head_dim)
         lens = lens.reshape(-1, 1)
         block_table = block_table.repeat_interleave(next_n, dim=0)
-    wrappers = deep_gemm.wrappers()
     sms = multiprocessors("q", q.device)
-    schedule = wrappers.get_paged_mqa_logits_metadata(lens, cache.shape[1], sms)
-    logits = wrappers.fp8_fp4_paged_mqa_logits(
-        (q.contiguous(), None),
-        cache,
-        weights,
-        lens,
-        block_table,
-        schedule,
-        max_model_len,
-        clean_logits=clean_logits,
+    schedule = deep_gemm.wrappers().get_paged_mqa_logits_metadata(lens, cache.shape[1], sms)
+    logits = deep_gemm.paged_mqa_logits(
+        q.contiguous(), cache, weights, lens, block_table, schedule, max_model_len, clean_logits
     )
     return _into(out, logits)
 

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
-from vllm_sm12x.integration import providers
+from vllm_sm12x.integration import providers, selection
 from vllm_sm12x.ops.hc_head import hc_head
 from vllm_sm12x.ops.hc_post import hc_post
 from vllm_sm12x.ops.hc_pre import hc_pre
+from vllm_sm12x.vllm_api.config import current_config
 
 
 @functools.cache
@@ -184,6 +185,16 @@ def hc_head_fused_kernel(
 ) -> torch.Tensor:
     """bf16 [T, d] of hs_flat bf16 [T, hc, d]; fn fp32 [hc, hc * d], hc_scale [1], hc_base [hc]."""
     return hc_head(hs_flat, fn, hc_scale, hc_base, rms_eps=rms_eps, hc_eps=hc_eps)
+
+
+def register_warmup(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Around vLLM's list of TileLang kernels to compile at start, which takes nvcc.
+
+    A model that is served here calls none of them; others do.
+    """
+    vllm_config = current_config()
+    if vllm_config is None or not selection.serves(vllm_config):
+        original(*args, **kwargs)
 
 
 REPLACEMENTS: dict[str, Callable[..., Any]] = {

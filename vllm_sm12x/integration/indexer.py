@@ -20,6 +20,7 @@ from vllm_sm12x import knobs
 from vllm_sm12x.integration import providers
 from vllm_sm12x.ops import paged_mqa_topk
 from vllm_sm12x.vllm_api.indexer import (
+    AttentionCGSupport,
     DeepseekV4IndexerBackend,
     DeepseekV4IndexerCache,
     DeepseekV32IndexerMetadata,
@@ -98,11 +99,18 @@ class IndexerMetadata(DeepseekV32IndexerMetadata):
 
 
 class IndexerMetadataBuilder(DeepseekV32IndexerMetadataBuilder):
-    """Builds `IndexerMetadata`: no DeepGEMM schedule, and MTP rows stay with their request."""
+    """Builds `IndexerMetadata`: no DeepGEMM schedule, and MTP rows stay with their request.
+
+    vLLM makes one request of each speculative row where DeepGEMM takes no more than two.
+    """
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Decodes of equal length: their rows are one block of queries for each request."""
+        return AttentionCGSupport.UNIFORM_BATCH
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # vLLM makes one request of each speculative row where DeepGEMM takes no more than two.
         self.use_flattening = False
         # Only flattening reads it, and it has max_num_batched_tokens rows of max_model_len.
         del self.expanded_block_table_buffer
@@ -121,6 +129,15 @@ class IndexerMetadataBuilder(DeepseekV32IndexerMetadataBuilder):
         if metadata.num_prefills and self.one_pass:
             metadata.prefill_rows = self._prefill_rows(common_attn_metadata, metadata)
         return metadata
+
+    def _prepare_decode_tensors(self, **arguments: Any) -> Any:  # type: ignore[override]
+        return super()._prepare_decode_tensors(**{**arguments, "use_native": True})
+
+    def update_draft_decode_metadata(self, metadata: IndexerMetadata) -> None:
+        """For the next draft token, in place: vLLM's V2 model runner has moved the lengths on."""
+        stock: Any = super()
+        with as_if_deep_gemm(False):
+            stock.update_draft_decode_metadata(metadata)
 
     def _prefill_rows(self, common: Any, metadata: IndexerMetadata) -> PrefillRows:
         decodes, first = metadata.num_decodes, metadata.num_decode_tokens

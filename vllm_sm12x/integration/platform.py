@@ -10,8 +10,8 @@ from typing import Any
 
 from vllm_sm12x import knobs
 from vllm_sm12x.integration import providers, selection
-from vllm_sm12x.log import get_logger, once
-from vllm_sm12x.vllm_api.config import current_config
+from vllm_sm12x.log import get_logger, once, say_what_waited
+from vllm_sm12x.vllm_api.config import current_config, fp4_indexer_option
 from vllm_sm12x.vllm_api.platform import CudaPlatform, resolve_class
 
 WORKER_PATH = "vllm_sm12x.integration.worker.Sm12xWorker"
@@ -36,6 +36,7 @@ class Sm12xPlatform(CudaPlatform):  # type: ignore[valid-type, misc]
 
         Raises ValueError.
         """
+        say_what_waited()
         super().apply_config_platform_defaults(vllm_config)
         ours = _uses_our_attention(vllm_config)
         if selection.serves(vllm_config) and providers.on_sm12x_path():
@@ -104,12 +105,12 @@ def _our_layer_is_built(vllm_config: Any) -> bool:
 
 def _check_ops(vllm_config: Any) -> None:
     """Refuse what no provider of our layer's ops can do, before weights load."""
-    attention_config = vllm_config.attention_config
-    if getattr(attention_config, "use_fp4_indexer_cache", False):
+    fp4_option = fp4_indexer_option(vllm_config.attention_config)
+    if fp4_option is not None:
         raise ValueError(
             "The ops mqa_logits and paged_mqa_logits have no provider for an FP4 indexer cache: "
-            f"{selection.NAME} reads FP8 keys with either provider; leave "
-            '"use_fp4_indexer_cache" out of --attention-config.'
+            f"{selection.NAME} reads FP8 keys with either provider; leave {fp4_option} out of "
+            "--attention-config."
         )
     parallel_config = vllm_config.parallel_config
     for option in ("prefill_context_parallel_size", "decode_context_parallel_size"):

@@ -12,7 +12,13 @@ from vllm_sm12x.vllm_api import registry
 
 NAME = "TRITON_MLA_SPARSE"
 BACKEND_PATH = "vllm_sm12x.integration.sparse_mla.TritonMlaSparseBackend"
-SERVED_ARCHITECTURES = ("DeepseekV4ForCausalLM", "DeepSeekV4MTPModel")
+# All build the same decoder layers; the one with vision is in vLLM from 0.30 on.
+SERVED_ARCHITECTURES = (
+    "DeepseekV4ForCausalLM",
+    "DeepseekV4ForConditionalGeneration",
+    "DeepSeekV4MTPModel",
+    "DSparkDraftModel",
+)
 
 logger = get_logger(__name__)
 

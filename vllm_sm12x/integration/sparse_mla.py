@@ -19,21 +19,21 @@ from vllm_sm12x.integration.dump import dump_and_abort
 from vllm_sm12x.integration.indexer import IndexerCache, SparseIndexer, as_if_deep_gemm
 from vllm_sm12x.ops import sparse_mla
 from vllm_sm12x.ops.sparse_mla.config import LaunchPolicy
+from vllm_sm12x.vllm_api.fp8_linear import scale_of
 from vllm_sm12x.vllm_api.sparse_mla import (
     BUILDER_GIVES_PREFILL_SLOTS,
+    BreakableAttention,
     DeepseekSparseSWABackend,
     DeepseekSparseSWAMetadata,
     DeepseekSparseSWAMetadataBuilder,
-    DeepseekV4FlashMLAAttention,
     DeepseekV4FlashMLABackend,
     DeepseekV4SWACache,
     current_metadata,
-    eager_break_during_capture,
     inverse_rope_and_quantize,
     window_slots,
 )
 
-# The instantiations of fused_deepseek_v4_qnorm_rope_kv_rope_quant_insert in vLLM 0.23 and 0.26.
+# The instantiations of fused_deepseek_v4_qnorm_rope_kv_rope_quant_insert in vLLM 0.23 to 0.33.
 INSERT_OP_HEADS = (8, 16, 32, 64, 128)
 COMPRESS_RATIOS = (4, 128)
 
@@ -98,6 +98,12 @@ class WindowMetadataBuilder(DeepseekSparseSWAMetadataBuilder):
             metadata.prefill_swa_lens = self.window_lens[prefill]
         return metadata
 
+    def update_draft_decode_metadata(self, metadata: WindowMetadata) -> None:
+        """For the next draft token, in place: vLLM's V2 model runner has moved the lengths on."""
+        stock: Any = super()
+        stock.update_draft_decode_metadata(metadata)
+        metadata.candidate_limits = self._candidate_limits(metadata)
+
     def _candidate_limits(self, metadata: Any) -> dict[int, torch.Tensor]:
         tokens = metadata.token_to_req_indices.shape[0]
         # Of a padded token the request is left over from another step.
@@ -144,7 +150,7 @@ def _take_over_selection(indexer: Any, vllm_config: Any) -> None:
     indexer.indexer_op = SparseIndexer(vllm_config, indexer.indexer_op, indexer.k_cache)
 
 
-class TritonMlaSparseAttention(DeepseekV4FlashMLAAttention):
+class TritonMlaSparseAttention(BreakableAttention):
     """A DeepSeek V4 attention layer whose sparse MLA runs in Triton."""
 
     backend_cls = TritonMlaSparseBackend
@@ -170,10 +176,6 @@ class TritonMlaSparseAttention(DeepseekV4FlashMLAAttention):
         )
         if self.on_sm12x_path and self.indexer is not None:
             _take_over_selection(self.indexer, vllm_config)
-        # vLLM decorates attention_impl as its module is imported. Where that happens before the
-        # config turns breakable graphs on (offline LLM, engine in the same process), the decorator
-        # does nothing, and PIECEWISE graphs keep the attention of the capture run, which is zero.
-        self._breaking_attention_impl = eager_break_during_capture(super().attention_impl)
         self.policy = LaunchPolicy(
             head_block=knobs.get("VLLM_TRITON_MLA_SPARSE_HEAD_BLOCK_SIZE"),
             topk_chunk=knobs.get("VLLM_TRITON_MLA_SPARSE_TOPK_CHUNK_SIZE"),
@@ -196,21 +198,19 @@ class TritonMlaSparseAttention(DeepseekV4FlashMLAAttention):
             f"got {num_heads}."
         )
 
-    def attention_impl(self, *args: Any, **kwargs: Any) -> None:
-        """Everything of the layer that depends on metadata; outside PIECEWISE graphs."""
-        self._breaking_attention_impl(*args, **kwargs)
-
     def _o_proj(self, o: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Output projection of o, bf16 [tokens, heads, 512]: inverse RoPE, wo_a by group, wo_b."""
-        if not self.on_sm12x_path:
+        wo_a: Any = self.wo_a
+        scale = scale_of(wo_a)
+        # A wo_a that is not quantized vLLM multiplies in bf16, by torch.
+        if not self.on_sm12x_path or scale is None:
             return super()._o_proj(o, positions)
         groups = self.n_local_groups
         values, scales = inverse_rope_and_quantize(
             o, positions, self.rotary_emb.cos_sin_cache, groups
         )
-        wo_a: Any = self.wo_a
         weight, weight_scale = (
-            tensor.unflatten(0, (groups, -1)) for tensor in (wo_a.weight, wo_a.weight_scale_inv)
+            tensor.unflatten(0, (groups, -1)) for tensor in (wo_a.weight, scale[1])
         )
         return self.wo_b(self.fp8_einsum(values, scales, weight, weight_scale).flatten(1))
 

@@ -26,9 +26,14 @@ def multiprocessors(name: str, device: torch.device) -> int:
     )
 
 
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, which has no inline assembly."""
+    return bool(triton.knobs.runtime.interpret)
+
+
 def dot_dtype(native: tl.dtype) -> tl.dtype:
     """`native`, the operands' type on a GPU; fp32, which holds them exactly, in the interpreter.
 
     The interpreter's dot of bf16 operands is wrong in Triton 3.6 to 3.8, and it has none of fp8.
     """
-    return tl.float32 if triton.knobs.runtime.interpret else native
+    return tl.float32 if interpreted() else native

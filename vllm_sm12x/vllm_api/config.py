@@ -9,3 +9,13 @@ def current_config() -> Any:
     from vllm.config import get_current_vllm_config_or_none
 
     return get_current_vllm_config_or_none()
+
+
+def fp4_indexer_option(attention_config: Any) -> str | None:
+    """The entry of `--attention-config` that asks for FP4 indexer keys, None if there is none."""
+    # until: vllm>=0.30, which has indexer_kv_dtype alone.
+    if getattr(attention_config, "use_fp4_indexer_cache", False):
+        return '"use_fp4_indexer_cache"'
+    if getattr(attention_config, "indexer_kv_dtype", None) == "mxfp4":
+        return '"indexer_kv_dtype": "mxfp4"'
+    return None

@@ -11,6 +11,7 @@ from typing import Any
 from vllm_sm12x.vllm_api import version
 
 _FOLDER = "vllm.models.deepseek_v4.nvidia"
+REGISTER_WARMUP = "register_warmup"
 _HEAD, _POST, _PRE = "hc_head_fused_kernel_tilelang", "mhc_post_tilelang", "mhc_pre_tilelang"
 _FUSED, _BROADCAST = "mhc_fused_post_pre_tilelang", "mhc_pre_broadcast_tilelang"
 # The methods that call the functions below, in modules that take them by name.
@@ -53,6 +54,15 @@ def stock_functions() -> dict[str, Callable[..., Any]]:
         and value.__module__ == tilelang.__name__
         and not name.startswith("_")
     }
+
+
+def warm_up_owner() -> Any:
+    """The class of the TileLang kernels that layers register to be compiled at start, or None."""
+    # until: vllm>=0.30, whose layers register the kernels that they call.
+    helper = "vllm.model_executor.warmup.jit_warmup_tilelang_helper"
+    if importlib.util.find_spec(helper) is None:
+        return None
+    return importlib.import_module(helper).VllmTileLangJitKernel
 
 
 def calls() -> dict[str, Callable[..., Any]]:

@@ -7,6 +7,7 @@ import torch
 from vllm import _custom_ops, envs
 from vllm.model_executor.layers import sparse_attn_indexer as layer_module
 from vllm.models.deepseek_v4.attention import DeepseekV4IndexerCache
+from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.mla import indexer as builder_module
 from vllm.v1.attention.backends.mla.indexer import (
     DeepseekV4IndexerBackend,
@@ -72,6 +73,7 @@ def top_k_of_decode(
 __all__ = [
     "ASKING_MODULES",
     "HAS_DEEP_GEMM",
+    "AttentionCGSupport",
     "DeepseekV32IndexerMetadata",
     "DeepseekV32IndexerMetadataBuilder",
     "DeepseekV4IndexerBackend",

@@ -2,6 +2,7 @@
 """The DeepSeek V4 attention layer, its caches and its metadata. Heavy to import: workers only."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +23,31 @@ from vllm.v1.attention.backends.mla.sparse_swa import (
 BUILDER_GIVES_PREFILL_SLOTS = "prefill_swa_indices" in {
     field.name for field in dataclasses.fields(DeepseekSparseSWAMetadata)
 }
+
+# What PIECEWISE graphs leave to eager execution, of which each release has some.
+_BREAK_POINTS = ("attention_impl", "_prepare_and_attn_eager", "_sparse_indexer_and_attn")
+
+
+class BreakableAttention(DeepseekV4FlashMLAAttention):
+    """vLLM's layer, whose break points also break graphs that are switched on after its import.
+
+    until: vllm>=0.33. Before, the decorator asks as the module is imported. Where the config turns
+    breakable graphs on later (offline LLM, engine in the same process), it does nothing, and
+    PIECEWISE graphs keep the attention of the capture run, which is zero.
+    """
+
+
+def _breaking(name: str) -> Callable[..., None]:
+    def method(self: Any, *args: Any, **kwargs: Any) -> None:
+        eager_break_during_capture(getattr(super(BreakableAttention, self), name))(*args, **kwargs)
+
+    method.__name__ = name
+    return method
+
+
+for _name in _BREAK_POINTS:
+    if hasattr(DeepseekV4FlashMLAAttention, _name):
+        setattr(BreakableAttention, _name, _breaking(_name))
 
 
 def current_metadata() -> Any:
@@ -86,6 +112,7 @@ def window_slots(
 
 __all__ = [
     "BUILDER_GIVES_PREFILL_SLOTS",
+    "BreakableAttention",
     "DeepseekSparseSWABackend",
     "DeepseekSparseSWAMetadata",
     "DeepseekSparseSWAMetadataBuilder",

@@ -1,16 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which vLLM is installed, and which are supported. Imports no vLLM."""
 
+import re
 from importlib import metadata
+from pathlib import Path
 
+from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 # The first release whose DeepSeek V4 model asks a function which attention class to build. There
 # is no upper bound: a release in which a symbol moved shows as a drifted change.
 SUPPORTED = SpecifierSet(">=0.23")
-# The releases that the tests run on.
-PINS = ("0.23.0", "0.26.0")
+
+
+def _pins() -> tuple[str, ...]:
+    """What the extras `vllm-<release>` ask for."""
+    try:
+        lines = metadata.requires("vllm-sm12x") or []
+    except metadata.PackageNotFoundError:
+        # Nothing is installed: this is a source tree.
+        project = Path(__file__).parents[2] / "pyproject.toml"
+        lines = re.findall(r'"(vllm==[^"]+)"', project.read_text())
+    wanted = [one for one in map(Requirement, lines) if one.name == "vllm"]
+    exact = [each.version for one in wanted for each in one.specifier if each.operator == "=="]
+    return tuple(sorted(exact, key=Version))
+
+
+# The releases that the tests run on, oldest first. The list itself is in pyproject.toml.
+PINS = _pins()
 
 
 def installed() -> Version | None:

@@ -58,7 +58,7 @@ def engine_config(model: str, **arguments: Any) -> Any:
 def served_config(model: str, *flags: str) -> Any:
     """The VllmConfig that `vllm serve MODEL FLAGS` builds, from vLLM's own argument parser."""
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.entrypoints.openai.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.cli.serve import make_arg_parser, validate_parsed_serve_args
     from vllm.usage.usage_lib import UsageContext
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from vllm_sm12x.ops.fp8_ds_mla import HEAD_DIM, check_packed_cache
-from vllm_sm12x.ops.launch import dot_dtype, multiprocessors, on_device
+from vllm_sm12x.ops.launch import dot_dtype, interpreted, multiprocessors, on_device
 from vllm_sm12x.ops.sparse_mla.config import LaunchConfig, LaunchPolicy, choose
 from vllm_sm12x.ops.sparse_mla.kernel import sparse_mla_kernel, sparse_mla_merge_kernel
 
@@ -202,6 +202,7 @@ def _launch(
             BLOCK_H=config.block_h,
             BLOCK_N=config.block_n,
             DOT_DTYPE=dot_dtype(tl.bfloat16),
+            NATIVE=not interpreted(),
             num_warps=config.num_warps,
             num_stages=1,
         )

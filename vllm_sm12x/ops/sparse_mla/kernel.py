@@ -8,6 +8,8 @@ Design constraints, please keep them when editing:
 - `K @ Q^T` then `P @ K`: with 64 heads and 16 candidates a tile, no warp repeats another's MMA on
   mma.sync hardware (README.md, "Tile forms").
 - SWA and extra candidates are one list of tiles, so one online softmax serves both.
+- The widest tile leaves no register over. What the epilogue needs of the place in the grid
+  it works out again: kept through the loop, it spills in Triton 3.7 and 3.8.
 """
 
 import triton
@@ -133,6 +135,23 @@ def _dequantise(nope, scale, rope, DOT_DTYPE: tl.constexpr, BLOCK_N: tl.constexp
     return tl.where((d < NOPE_DIM)[None, :], value.to(DOT_DTYPE), rope.to(DOT_DTYPE))
 
 
+@triton.jit
+def _place(head_blocks, num_heads, BLOCK_H: tl.constexpr, AGAIN: tl.constexpr):
+    """The program's token, its heads [BLOCK_H], and which of them there are.
+
+    Head blocks of a token are neighbours in the grid: the second reads its rows from L2.
+    AGAIN reads tl.program_id(0) in a way that the compiler does not take for the same value.
+    """
+    if AGAIN:
+        block = tl.inline_asm_elementwise(
+            "mov.u32 $0, %ctaid.x;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
+    else:
+        block = tl.program_id(0)
+    h = (block % head_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
+    return (block // head_blocks).to(tl.int64), h, h < num_heads
+
+
 @triton.jit(do_not_specialize=_RUNTIME_SIZES)
 def sparse_mla_kernel(
     q_ptr,
@@ -177,19 +196,17 @@ def sparse_mla_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):
     """One query token, BLOCK_H heads, one split of its candidates.
 
     PARTIAL writes the split's normalised fp32 result and its base-2 LSE (-inf if it saw no
     candidate); otherwise the final bf16 row and, if asked, the natural LSE without the sink.
     """
-    # Head blocks of a token are neighbours in the grid: the second reads its rows from L2.
     head_blocks = tl.cdiv(num_heads, BLOCK_H)
-    token = (tl.program_id(0) // head_blocks).to(tl.int64)
-    h = (tl.program_id(0) % head_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
+    token, h, head_mask = _place(head_blocks, num_heads, BLOCK_H, False)
     split = tl.program_id(1)
     d = tl.arange(0, HEAD_DIM)
-    head_mask = h < num_heads
 
     swa_len = swa_width
     if HAS_SWA_LENS:
@@ -254,6 +271,7 @@ def sparse_mla_kernel(
         acc = tl.dot(tl.trans(p).to(DOT_DTYPE), k, acc * rescale[:, None])
         running_max = new_max
 
+    token, h, head_mask = _place(head_blocks, num_heads, BLOCK_H, NATIVE)
     seen = running_sum > 0
     lse = tl.where(seen, running_max + tl.log2(tl.where(seen, running_sum, 1.0)), -float("inf"))
     denominator = running_sum

@@ -64,11 +64,10 @@ class Handler(BaseHTTPRequestHandler):
             most_active = max(most_active, active)
             fault = FAULT if served == FAULTY_REQUEST else ""
         time.sleep(0.02)  # long enough for requests to overlap, however they are scheduled
-        try:
-            self.complete(body, fault)
-        finally:
-            with lock:
-                active -= 1
+        with lock:
+            # Before the answer: a client that has its last byte may already send the next request.
+            active -= 1
+        self.complete(body, fault)
 
     def complete(self, body: dict, fault: str) -> None:
         if fault == "http_500":
