@@ -78,7 +78,8 @@ def fp8_einsum_kernel(
     k = tl.arange(0, SCALE_BLOCK)
     row = t.to(tl.int64)
     first = split * steps_per_split
-    last = tl.minimum(first + steps_per_split, steps)
+    # Steps count from 0 here: with bounds kept from `first` on, Triton 3.7 spills on sm_121.
+    own_steps = tl.minimum(steps_per_split, steps - first)
     start = first.to(tl.int64)
     a_ptrs = a_ptr + g * a_stride_g + start * SCALE_BLOCK + row[:, None] * a_stride_t + k[None, :]
     b_ptrs = b_ptr + g * b_stride_g + start * SCALE_BLOCK
@@ -92,7 +93,7 @@ def fp8_einsum_kernel(
     in_cols = d < cols
     if SCALES_FIRST:
         j = tl.arange(0, SCALES_FIRST)
-        there = j < last - first
+        there = j < own_steps
         a_scales = tl.load(
             a_scale_ptrs[:, None] + j[None, :] * a_scale_stride_k,
             mask=in_rows[:, None] & there[None, :],
@@ -101,17 +102,17 @@ def fp8_einsum_kernel(
         b_scales = tl.load(b_scale_ptr + j * b_scale_stride_k, mask=there, other=0)
         scales = _as_float(a_scales, A_E8M0) * _as_float(b_scales, B_E8M0)[None, :]
     else:
-        a_scale = tl.load(a_scale_ptrs, mask=in_rows & (first < last), other=0)
-        b_scale = tl.load(b_scale_ptr, mask=first < last, other=0)
+        a_scale = tl.load(a_scale_ptrs, mask=in_rows & (own_steps > 0), other=0)
+        b_scale = tl.load(b_scale_ptr, mask=own_steps > 0, other=0)
     acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-    for step in range(first, last):
+    for step in range(own_steps):
         a = tl.load(a_ptrs, mask=in_rows[:, None], other=0.0)
         b = tl.load(b_ptrs, mask=in_cols[:, None], other=0.0)
         if SCALES_FIRST:
-            scale = tl.sum(tl.where(j[None, :] == step - first, scales, 0.0), 1)
+            scale = tl.sum(tl.where(j[None, :] == step, scales, 0.0), 1)
         else:
             scale = _as_float(a_scale, A_E8M0) * _as_float(b_scale, B_E8M0)
-            more = step + 1 < last
+            more = step + 1 < own_steps
             a_scale_ptrs += a_scale_stride_k
             b_scale_ptr += b_scale_stride_k
             a_scale = tl.load(a_scale_ptrs, mask=in_rows & more, other=0)

@@ -6,7 +6,7 @@ import triton
 
 from vllm_sm12x.ops import launch
 from vllm_sm12x.ops.hc_pre.arguments import MAX_WIDTH, STREAM_COUNTS, check_tensor
-from vllm_sm12x.ops.hc_pre.config import choose, warps
+from vllm_sm12x.ops.hc_pre.config import choose, max_registers, warps
 from vllm_sm12x.ops.hc_pre.kernel import hc_pre_kernel
 
 
@@ -125,5 +125,6 @@ def hc_pre(
                 HAS_NORM=norm_weight is not None,
                 HAS_EXPANDED=expanded is not None,
                 num_warps=warps(width),
+                maxnreg=max_registers(hc, width),
             )
     return post_mix, comb_mix, layer_input

@@ -39,3 +39,12 @@ def choose(splits: int) -> LaunchConfig:
 def warps(width: int) -> int:
     """Warps of a program: rows of up to 4,096 elements have 16 or fewer of each stream a thread."""
     return 8 if width <= 4096 else 16
+
+
+def max_registers(hc: int, width: int) -> int | None:
+    """Registers a thread to compile for: 64, two thirds of which hold the row, where it fits.
+
+    Left alone, the assemblers that Triton 3.6 to 3.8 bring take some 80 in a few variants, to no
+    use, and an SM has room for a quarter fewer threads. None leaves a larger row alone.
+    """
+    return 64 if hc <= 4 and width <= 8192 else None

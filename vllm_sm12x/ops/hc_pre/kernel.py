@@ -6,6 +6,10 @@ Design constraints, please keep them when editing:
   Sinkhorn iterations are a chain of 2 * iterations dependent sums; they run beside the rows.
 - A row's loads come first, so that they are in flight while its gates are worked out, and it stays
   in registers until it is written: the norm needs no second pass.
+- A row is a tuple of its streams, added one after the other: for a sum over a [HC, BLOCK_D] the
+  assembler has all of it in fp32 at once, twice the registers.
+- The loops over parts add them up by element and only then are parts summed: no barrier between
+  loads, and nothing of a reduction to keep during a loop.
 """
 
 import triton
@@ -34,15 +38,15 @@ def stream_gates(
     k = tl.arange(0, HC)
     parts_ptr += t * parts_stride_t
     sqrsum_ptr += t
-    logits = tl.zeros((HC,), tl.float32)
-    squares = 0.0
+    logits = tl.zeros((BLOCK_S, HC), tl.float32)
+    squares = tl.zeros((BLOCK_S,), tl.float32)
     for first in range(0, splits, BLOCK_S):
         here = first + s < splits
         split = (first + s).to(tl.int64)
         parts_ptrs = parts_ptr + split[:, None] * parts_stride_s + k[None, :]
-        logits += tl.sum(tl.load(parts_ptrs, mask=here[:, None], other=0.0), 0)
-        squares += tl.sum(tl.load(sqrsum_ptr + split * sqrsum_stride_s, mask=here, other=0.0), 0)
-    logits *= tl.rsqrt(squares / counted + rms_eps)
+        logits += tl.load(parts_ptrs, mask=here[:, None], other=0.0)
+        squares += tl.load(sqrsum_ptr + split * sqrsum_stride_s, mask=here, other=0.0)
+    logits = tl.sum(logits, 0) * tl.rsqrt(tl.sum(squares, 0) / counted + rms_eps)
     return tl.sigmoid(logits * tl.load(scale_ptr) + tl.load(base_ptr + k)) + eps
 
 
@@ -76,34 +80,29 @@ def _write_mixes(
     cell = j[:, None] * HC + j[None, :]
     in_tokens = t < tokens
 
-    squares = tl.zeros((BLOCK_T,), tl.float32)
-    post = tl.zeros((BLOCK_T, HC), tl.float32)
-    comb = tl.zeros((BLOCK_T, HC, HC), tl.float32)
+    squares = tl.zeros((BLOCK_S, BLOCK_T), tl.float32)
+    post = tl.zeros((BLOCK_S, BLOCK_T, HC), tl.float32)
+    comb = tl.zeros((BLOCK_S, BLOCK_T, HC, HC), tl.float32)
     for first in range(0, splits, BLOCK_S):
         split = (first + s).to(tl.int64)[:, None]
         here = (split < splits) & in_tokens[None, :]
         sqrsum_ptrs = sqrsum_ptr + split * sqrsum_stride_s + t[None, :]
         post_ptrs = parts_ptr + split * parts_stride_s + t[None, :] * parts_stride_t + HC
         comb_ptrs = post_ptrs + HC
-        squares += tl.sum(tl.load(sqrsum_ptrs, mask=here, other=0.0), 0)
-        post += tl.sum(
-            tl.load(post_ptrs[:, :, None] + j[None, None, :], mask=here[:, :, None], other=0.0), 0
-        )
-        comb += tl.sum(
-            tl.load(
-                comb_ptrs[:, :, None, None] + cell[None, None, :, :],
-                mask=here[:, :, None, None],
-                other=0.0,
-            ),
-            0,
+        squares += tl.load(sqrsum_ptrs, mask=here, other=0.0)
+        post += tl.load(post_ptrs[:, :, None] + j[None, None, :], mask=here[:, :, None], other=0.0)
+        comb += tl.load(
+            comb_ptrs[:, :, None, None] + cell[None, None, :, :],
+            mask=here[:, :, None, None],
+            other=0.0,
         )
 
-    rms = tl.rsqrt(squares / counted + rms_eps)[:, None]
-    post = post * rms * tl.load(scale_ptr + 1) + tl.load(base_ptr + HC + j)[None, :]
+    rms = tl.rsqrt(tl.sum(squares, 0) / counted + rms_eps)[:, None]
+    post = tl.sum(post, 0) * rms * tl.load(scale_ptr + 1) + tl.load(base_ptr + HC + j)[None, :]
     post_ptrs = post_ptr + t[:, None] * HC + j[None, :]
     tl.store(post_ptrs, tl.sigmoid(post) * post_mult, mask=in_tokens[:, None])
 
-    comb = comb * rms[:, :, None] * tl.load(scale_ptr + 2)
+    comb = tl.sum(comb, 0) * rms[:, :, None] * tl.load(scale_ptr + 2)
     comb += tl.load(base_ptr + 2 * HC + cell)[None, :, :]
     comb = tl.exp(comb - tl.max(comb, 2, keep_dims=True))
     comb = comb / tl.sum(comb, 2, keep_dims=True) + sinkhorn_eps
@@ -195,16 +194,18 @@ def hc_pre_kernel(
         t = (tl.program_id(0) - mixing).to(tl.int64)
         columns = tl.arange(0, BLOCK_D)
         in_row = columns < width
-        stream = tl.arange(0, STREAMS).to(tl.int64)
-        row_ptrs = residual_ptr + t * residual_stride_t + stream[:, None] * residual_stride_k
-        row = tl.load(row_ptrs + columns[None, :], mask=in_row[None, :], other=0.0)
+        row_ptrs = residual_ptr + t * residual_stride_t + columns
+        rows = ()  # type: tuple[tl.tensor, ...]
+        for _ in tl.static_range(STREAMS):
+            rows += (tl.load(row_ptrs, mask=in_row, other=0.0),)
+            row_ptrs += residual_stride_k
         if HAS_NORM:
             norm_weight = tl.load(norm_weight_ptr + columns, mask=in_row, other=0.0)
         if HAS_EXPANDED:  # before the gates, so that the row need not be kept for it
-            k = tl.arange(0, HC).to(tl.int64)
-            expanded_ptrs = expanded_ptr + t * expanded_stride_t + k[:, None] * expanded_stride_k
-            copies = tl.broadcast_to(row, (HC, BLOCK_D))
-            tl.store(expanded_ptrs + columns[None, :], copies, mask=in_row[None, :])
+            expanded_ptrs = expanded_ptr + t * expanded_stride_t + columns
+            for _ in tl.static_range(HC):
+                tl.store(expanded_ptrs, rows[0], mask=in_row)
+                expanded_ptrs += expanded_stride_k
         gates = stream_gates(
             parts_ptr,
             sqrsum_ptr,
@@ -221,7 +222,10 @@ def hc_pre_kernel(
             HC,
             BLOCK_S,
         )
-        mixed = tl.sum(gates[:, None] * row.to(tl.float32), 0)
+        mixed = tl.zeros((BLOCK_D,), tl.float32)
+        for k in tl.static_range(HC):
+            gate = tl.sum(tl.where(tl.arange(0, HC) == k, gates, 0.0), 0)
+            mixed += gate * rows[min(k, STREAMS - 1)].to(tl.float32)
         if HAS_NORM:
             rms = tl.rsqrt(tl.sum(mixed * mixed, 0) / width + norm_eps)
             # The norm sees what a bf16 layer before it would have written.

@@ -4,6 +4,8 @@
 Design constraints, please keep them when editing:
 - fn is split into two bf16 terms, x is bf16 already: two bf16 dots keep 17 bits of fn where tf32
   keeps 11, at the same MMA work (README.md, "Accuracy").
+- Pointers advance with the loop: with a step's offset added to fixed ones, Triton 3.7 and 3.8 spill
+  registers.
 - A K step's dots start from zero and are added to the sum outside the tensor core, which truncates
   its sums where an fp32 add rounds.
 """
@@ -65,18 +67,18 @@ def hc_prenorm_gemm_kernel(
     in_rows = (n < rows)[:, None]
     first = split * steps_per_split
     last = tl.minimum(first + steps_per_split, steps)
+    k += first * BLOCK_K
     x_ptrs = x_ptr + t.to(tl.int64)[:, None] * x_stride_t + k[None, :]
     fn_ptrs = fn_ptr + n.to(tl.int64)[:, None] * fn_stride_n + k[None, :]
 
     acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     squares = tl.zeros((BLOCK_T,), tl.float32)
-    for step in range(first, last):
-        start = step * BLOCK_K
-        in_depth = (start + k < depth)[None, :]
-        x = tl.load(x_ptrs + start, mask=in_tokens & in_depth, other=0.0)
-        high = tl.load(fn_ptrs + start, mask=in_rows & in_depth, other=0.0)
+    for _ in range(first, last):
+        in_depth = (k < depth)[None, :]
+        x = tl.load(x_ptrs, mask=in_tokens & in_depth, other=0.0)
+        high = tl.load(fn_ptrs, mask=in_rows & in_depth, other=0.0)
         if IN_TERMS:
-            low = tl.load(fn_ptrs + terms_stride + start, mask=in_rows & in_depth, other=0.0)
+            low = tl.load(fn_ptrs + terms_stride, mask=in_rows & in_depth, other=0.0)
         else:
             high, low = _two_terms(high)
         operand = x.to(DOT_DTYPE)
@@ -85,6 +87,9 @@ def hc_prenorm_gemm_kernel(
         acc += part
         wide = x.to(tl.float32)
         squares += tl.sum(wide * wide, 1)
+        k += BLOCK_K
+        x_ptrs += BLOCK_K
+        fn_ptrs += BLOCK_K
 
     row = split.to(tl.int64) * tokens + t
     tl.store(out_ptr + row[:, None] * rows + n[None, :], acc, mask=in_tokens & (n < rows)[None, :])

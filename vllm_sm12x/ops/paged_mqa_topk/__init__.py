@@ -10,6 +10,7 @@ from vllm_sm12x.ops.mqa_logits import HEAD_DIM, check_devices, check_heads, chec
 from vllm_sm12x.ops.paged_mqa_logits import check_cache
 from vllm_sm12x.ops.paged_mqa_topk.config import (
     MAX_BLOCK_M,
+    MAX_REGISTERS,
     MERGE_WARPS,
     LaunchConfig,
     capacity,
@@ -185,6 +186,7 @@ def _launch(
                 DOT_DTYPE=dot_dtype(tl.float8e4nv),
                 NUM_STAGES=config.num_stages,
                 num_warps=config.num_warps,
+                maxnreg=MAX_REGISTERS,
             )
             if num_splits > 1:
                 merge_splits_kernel[(part_rows,)](

@@ -38,6 +38,9 @@ MAX_BLOCK_M = 4
 # Programs that run on a multiprocessor at a time. Splitting the keys further only adds merging:
 # 512 rows x 32,768 keys took 0.50 ms in one part, 0.56 in 2, 0.61 in 4 (H200).
 PROGRAMS_PER_SM = 2
+# Registers that a thread may have: all that one of such two programs can. Left to choose, ptxas may
+# spill to make room for a third program, for which there is no shared memory (Triton 3.7, sm_121).
+MAX_REGISTERS = 255
 # Keys, by the block table's width, that are worth a split's own list.
 MIN_KEYS_PER_SPLIT = 2048
 # Candidates of one row that a merge holds in registers.
