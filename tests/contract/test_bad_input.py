@@ -198,34 +198,34 @@ def test_a_vllm_below_the_floor_cannot_be_forced(below_the_floor):
     assert "vLLM 0.22.1" in sentence and ">=0.23" in sentence
 
 
+# The installed vLLM under another name: of a build after it, and of a release after all pins, where
+# changes may find less than that release should have.
 UNTESTED = {
-    "9.9.0": "vLLM 9.9.0 is newer than",
-    "0.27.1.dev3+g1234abc": "vLLM 0.27.1.dev3+g1234abc is a development build",
+    f"{VLLM.release[0]}.{VLLM.release[1]}.9.dev3+g1234abc": "is a development build",
+    "9.9.0": f"is newer than {PINS[-1]}",
 }
 
 
 @pytest.mark.parametrize("version", UNTESTED)
-def test_a_vllm_that_nobody_tested_is_served_with_a_warning(host, tmp_path, version):
-    run = host(
-        """
-config = engine_config(MODEL)
-answer({"platform": platform_facts()["class"], "worker": worker_facts(config)})
-""",
-        first_on_path=[distribution(tmp_path / "other", "vllm", version)],
-    )
-    assert run.answer["worker"]["attention"].endswith("TritonMlaSparseAttention")
-    (warning,) = lines_with(UNTESTED[version], run)
+def test_a_vllm_that_nobody_tested_is_named_with_what_to_do(host, tmp_path, version):
+    other = distribution(tmp_path / "other", "vllm", version)
+    run = host("answer(config_facts(engine_config(MODEL))['worker_cls'])", first_on_path=[other])
+    assert run.answer.endswith("Sm12xWorker")
+    sentence = f"vLLM {version} {UNTESTED[version]}"
+    (warning,) = lines_with(sentence, run)
     assert "WARNING" in warning or AS_IT_IS
     for words in ("is on", "off where", "vllm-sm12x doctor", f"install vllm=={PINS[-1]}"):
         assert words in warning
     doctor = host.command(
         [sys.executable, "-m", "vllm_sm12x", "doctor", "--json"],
         gpu={"FAKE_NVML_CAPABILITY": "12.0", "FAKE_NVML_NAME": "a GPU", "FAKE_NVML_COUNT": "1"},
-        first_on_path=[tmp_path / "other"],
+        first_on_path=[other],
+        check=False,
     )
-    facts = json.loads(doctor.stdout)
-    assert facts["health"] == "healthy"
-    assert [UNTESTED[version] in finding for finding in facts["findings"]] == [True]
+    findings = json.loads(doctor.stdout)["findings"]
+    assert findings[0].startswith(sentence)
+    if version != "9.9.0":
+        assert doctor.returncode == 0 and len(findings) == 1
 
 
 def test_two_platform_plugins_are_named_before_vllm_refuses(host, tmp_path):

@@ -236,7 +236,11 @@ def test_every_name_in_the_model_and_its_drafts_is_ours(situation, vllm_version)
     want = {"model": sorted(model), **{draft: sorted(DRAFT_NAMES) for draft in drafts}}
     assert situation["ours"] == want
     declared = {tuple(symbol.split(".")[-2:]) for symbol in situation["declared"]}
-    assert declared == {(module, name) for module, names in want.items() for name in names}
+    at_start = {("VllmTileLangJitKernel", "register_warmup")} if vllm_version >= (0, 30) else set()
+    assert declared - at_start == {
+        (module, name) for module, names in want.items() for name in names
+    }
+    assert at_start <= declared
 
 
 def test_tilelang_is_not_compiled_at_start(situation):

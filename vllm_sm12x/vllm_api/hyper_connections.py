@@ -11,6 +11,7 @@ from typing import Any
 from vllm_sm12x.vllm_api import version
 
 _FOLDER = "vllm.models.deepseek_v4.nvidia"
+_WARM_UP_HELPER = "vllm.model_executor.warmup.jit_warmup_tilelang_helper"
 REGISTER_WARMUP = "register_warmup"
 _HEAD, _POST, _PRE = "hc_head_fused_kernel_tilelang", "mhc_post_tilelang", "mhc_pre_tilelang"
 _FUSED, _BROADCAST = "mhc_fused_post_pre_tilelang", "mhc_pre_broadcast_tilelang"
@@ -35,7 +36,11 @@ def symbols() -> tuple[str, ...]:
     if version.within(version.installed(), ">=0.26"):
         names["model"] += (_BROADCAST,)
         names["dspark"] = (_HEAD, _POST)
-    return tuple(f"{_FOLDER}.{module}.{name}" for module in names for name in names[module])
+    found = [f"{_FOLDER}.{module}.{name}" for module in names for name in names[module]]
+    # until: vllm>=0.30, whose layers register the kernels that they call.
+    if version.within(version.installed(), ">=0.30"):
+        found.append(f"{_WARM_UP_HELPER}.VllmTileLangJitKernel.{REGISTER_WARMUP}")
+    return tuple(found)
 
 
 def modules() -> tuple[ModuleType, ...]:
@@ -58,11 +63,9 @@ def stock_functions() -> dict[str, Callable[..., Any]]:
 
 def warm_up_owner() -> Any:
     """The class of the TileLang kernels that layers register to be compiled at start, or None."""
-    # until: vllm>=0.30, whose layers register the kernels that they call.
-    helper = "vllm.model_executor.warmup.jit_warmup_tilelang_helper"
-    if importlib.util.find_spec(helper) is None:
+    if importlib.util.find_spec(_WARM_UP_HELPER) is None:
         return None
-    return importlib.import_module(helper).VllmTileLangJitKernel
+    return importlib.import_module(_WARM_UP_HELPER).VllmTileLangJitKernel
 
 
 def calls() -> dict[str, Callable[..., Any]]:
