@@ -170,11 +170,11 @@ def _changes(report: Report) -> None:
     if not loaded:
         because.append("vLLM does not load the plugin")
     report.facts["active"] = {"yes": context.active and loaded, "because": "; ".join(because)}
-    if report.facts["broken_packages"] or not loaded:
-        return
-    conflict = plugin.conflicting_platforms() if context.active else None
+    # Before vLLM is asked for anything: it does not even import then.
+    conflict = plugin.conflicting_platforms() if context.active and loaded else None
     if conflict is not None:
         report.find(BROKEN, conflict)
+    if report.facts["broken_packages"] or not loaded or conflict is not None:
         return
     try:
         if context.vllm is not None:
