@@ -111,3 +111,35 @@ def test_without_any_gpu_the_plugin_is_inert(host):
     run = host("answer(platform_facts()['class'])", count=0)
     assert run.answer == "vllm.platforms.interface.UnspecifiedPlatform"
     assert "vllm-sm12x" not in run.output
+
+
+def test_a_backend_of_that_name_in_vllm_itself_is_left_alone(host):
+    """A later vLLM, by a member that stands in the enum before the plugin is loaded."""
+    facts = host(
+        """
+from vllm.v1.attention.backends.registry import AttentionBackendEnum as Enum
+
+member = object.__new__(Enum)
+member._name_, member._value_ = "TRITON_MLA_SPARSE", "vllm.theirs.Backend"
+Enum._member_map_["TRITON_MLA_SPARSE"] = Enum._value2member_map_["vllm.theirs.Backend"] = member
+Enum._member_names_.append("TRITON_MLA_SPARSE")
+lookup = type(Enum).__getitem__
+config = engine_config(MODEL)
+
+from vllm_sm12x import changes
+states = {row.change.name: [row.state.value, row.detail] for row in changes.report()}
+answer({
+    "row": states["attention.name"],
+    "lookup": type(Enum).__getitem__ is lookup,
+    "path": Enum["TRITON_MLA_SPARSE"].get_path(),
+    "custom": Enum.CUSTOM.is_overridden(),
+    "worker": worker_facts(config),
+})
+"""
+    ).answer
+    assert facts["row"][0] == "not needed" and "TRITON_MLA_SPARSE" in facts["row"][1]
+    assert facts["lookup"] and not facts["custom"]
+    assert facts["path"] == "vllm.theirs.Backend"
+    assert facts["worker"]["attention"].endswith("TritonMlaSparseAttention"), (
+        "by default, as before"
+    )

@@ -176,14 +176,17 @@ def test_a_probe_that_fails_leaves_the_others(machine, monkeypatch, capsys):
 
 
 @pytest.mark.contract
-def test_every_change_is_active_on_sm120(host):
+@pytest.mark.parametrize("capability, name", [("12.0", "RTX"), ("12.1", "NVIDIA GB10")])
+def test_every_change_is_active_on_sm12x(host, capability, name):
     """In the doctor's own process, with real vLLM: both phases, each with its evidence.
 
     The machine has no nvcc, so that the row that needs its absence is active too.
     """
-    run = host.command([*DOCTOR, "--json"], gpu=RTX, env={"CUDA_HOME": "/nowhere"})
+    gpu = {**RTX, "FAKE_NVML_CAPABILITY": capability, "FAKE_NVML_NAME": name}
+    run = host.command([*DOCTOR, "--json"], gpu=gpu, env={"CUDA_HOME": "/nowhere"})
     facts = json.loads(run.stdout)
     assert facts["health"] == "healthy", facts["findings"]
+    assert facts["device"]["capability"] == capability
     assert {row["name"]: row["state"] for row in facts["changes"]} == {
         change.name: "active" for change in changes.CHANGES
     }

@@ -107,18 +107,13 @@ class Context:
     @property
     def untested(self) -> str | None:
         """What a user of a supported vLLM should know that no pin is like; else None."""
-        newest = Version(vllm_version.PINS[-1])
-        if self.vllm is None or not self.for_vllm.yes:
-            return None
-        if self.vllm.is_prerelease:
-            what = "is a development build"
-        elif Version(self.vllm.base_version) > newest:
-            what = f"is newer than {newest}, the newest release that vllm-sm12x is tested on"
-        else:
+        what = vllm_version.beyond_pins(self.vllm)
+        if what is None:
             return None
         return (
             f"vLLM {self.vllm} {what}: each change is on where it proves itself and off where vLLM "
-            f"has moved; look with `vllm-sm12x doctor`, or install vllm=={newest}."
+            "has moved; look with `vllm-sm12x doctor`, or install "
+            f"vllm=={vllm_version.PINS[-1]}."
         )
 
     @property

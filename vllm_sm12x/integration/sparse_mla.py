@@ -202,7 +202,7 @@ class TritonMlaSparseAttention(BreakableAttention):
         """Output projection of o, bf16 [tokens, heads, 512]: inverse RoPE, wo_a by group, wo_b."""
         wo_a: Any = self.wo_a
         scale = scale_of(wo_a)
-        # A wo_a that is not quantized vLLM multiplies in bf16, by torch.
+        # A wo_a that is not quantized newer releases multiply in bf16, by torch.
         if not self.on_sm12x_path or scale is None:
             return super()._o_proj(o, positions)
         groups = self.n_local_groups

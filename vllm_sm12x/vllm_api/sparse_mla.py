@@ -116,11 +116,9 @@ __all__ = [
     "DeepseekSparseSWABackend",
     "DeepseekSparseSWAMetadata",
     "DeepseekSparseSWAMetadataBuilder",
-    "DeepseekV4FlashMLAAttention",
     "DeepseekV4FlashMLABackend",
     "DeepseekV4SWACache",
     "current_metadata",
-    "eager_break_during_capture",
     "inverse_rope_and_quantize",
     "window_slots",
 ]

@@ -47,3 +47,18 @@ def supported(version: Version | None) -> bool:
 def within(version: Version | None, versions: str) -> bool:
     """Whether `version` lies in the PEP 440 range `versions` ("" is every release)."""
     return version is not None and SpecifierSet(versions).contains(version, prereleases=True)
+
+
+def beyond_pins(version: Version | None) -> str | None:
+    """How a supported vLLM lies beyond what the tests run on, as a predicate; None if it does not.
+
+    Releases between the pins are not beyond them, whatever their local suffix.
+    """
+    if version is None or not supported(version):
+        return None
+    if version.is_prerelease:
+        return "is a development build"
+    newest = PINS[-1]
+    if Version(version.base_version) > Version(newest):
+        return f"is newer than {newest}, the newest release that vllm-sm12x is tested on"
+    return None
