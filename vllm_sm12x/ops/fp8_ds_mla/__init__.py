@@ -115,8 +115,8 @@ def check_packed_cache(name: str, cache: torch.Tensor) -> None:
         raise ValueError(
             f"{name}: expected strides (>= {least}, {ROW_BYTES}, 1), got {tuple(cache.stride())}"
         )
-    if cache.stride(0) % 2 or cache.data_ptr() % 2:
+    if cache.stride(0) % 4 or cache.data_ptr() % 4:
         raise ValueError(
-            f"{name}: pages must start at even addresses (RoPE values are bf16), got data_ptr "
-            f"{cache.data_ptr():#x} and page stride {cache.stride(0)}"
+            f"{name}: pages must start at multiples of 4 bytes (rows are read in 32-bit words), got "
+            f"data_ptr {cache.data_ptr():#x} and page stride {cache.stride(0)}"
         )

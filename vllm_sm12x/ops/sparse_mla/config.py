@@ -43,15 +43,13 @@ class LaunchPlan:
 # read the packed rows directly. Measured ahead of time for both (tests/compile).
 CONFIGS = {
     1: LaunchConfig(block_h=16, block_n=16, num_warps=4),  # 33 KiB: 2 programs on an SM
-    2: LaunchConfig(block_h=32, block_n=16, num_warps=8),  # 50 KiB: 2 programs on an SM
-    4: LaunchConfig(block_h=64, block_n=16, num_warps=8),  # 84 KiB: one dequantisation, 64 heads
+    2: LaunchConfig(block_h=32, block_n=32, num_warps=8),  # 66 KiB
+    4: LaunchConfig(block_h=64, block_n=16, num_warps=8),  # 82 KiB: one dequantisation, 64 heads
 }
 # Waves of the grid after which the last, partly filled one no longer matters.
 WAVES_PER_LAUNCH = 8
 # A candidate list of at most this length leaves nothing to gain from the widest tile.
 SHORT_LIST = 128
-# Blocks of 64 heads up to which 32-head programs still win.
-FEW_BLOCKS = 4
 
 
 def choose(
@@ -74,18 +72,19 @@ def choose(
 def _head_block(tokens: int, heads: int, candidates: int, sms: int) -> int:
     """Small while the grid has room, as a small tile has less latency; 64 heads for throughput.
 
-    H200, 64 heads, each within 15% of the best tile and split count that was tried: T=1 16 heads
-    at any width; T=4 32 heads from 640 candidates on; the window alone (128) 16 heads up to T=16
-    and 32 heads at T=64; else 64.
+    H100, 64 heads, code for mma.sync (benchmarks/README.md, "As SM12x would run it"), us with 16,
+    32 and 64 heads a program: 640 candidates, T=1 13.4 / 16.3 / 17.2, T=4 16.2 / 18.0 / 20.6, T=16
+    32.5 / 35.2 / 34.5, T=64 86.9 / 71.6 / 61.8, T=512 624 / 526 / 344; 128 candidates, T=64
+    20.2 / 17.1 / 30.6.
     """
     groups = [g for g in CONFIGS if g == 1 or CONFIGS[g // 2].block_h < heads]
-    if tokens == 1:
+    room = sms if candidates <= SHORT_LIST else sms // 2
+    if tokens * _cdiv(heads, CONFIGS[1].block_h) <= room:
         return groups[0]
     if candidates <= SHORT_LIST:
         fitting = (g for g in groups if tokens * _cdiv(heads, CONFIGS[g].block_h) <= sms)
         return next(fitting, groups[-1])
-    few = tokens * _cdiv(heads, CONFIGS[4].block_h) <= FEW_BLOCKS
-    return min(2, groups[-1]) if few else groups[-1]
+    return groups[-1]
 
 
 def _cdiv(a: int, b: int) -> int:

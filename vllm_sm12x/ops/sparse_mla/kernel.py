@@ -3,22 +3,29 @@
 
 Design constraints, please keep them when editing:
 - Candidates are read straight from the packed 584-byte rows: no gather workspace.
-- The raw bytes of tile i+1 and the slots of tile i+2 are in flight while tile i is multiplied;
+- The raw words of tile i+1 and the slots of tile i+2 are in flight while tile i is multiplied;
   dequantisation happens at the top of the loop, so K is staged once for both dots.
+- Raw rows are 32-bit words, unpacked by inline assembly: as bytes they are taken apart and put
+  together again in each iteration, and bf16 values are converted one by one.
 - `K @ Q^T` then `P @ K`: with 64 heads and 16 candidates a tile, no warp repeats another's MMA on
   mma.sync hardware (README.md, "Tile forms").
 - SWA and extra candidates are one list of tiles, so one online softmax serves both.
-- The widest tile leaves no register over. What the epilogue needs of the place in the grid
+- The widest tiles leave no register over. What the epilogue needs of the place in the grid
   it works out again: kept through the loop, it spills in Triton 3.7 and 3.8.
+- Lanes that a mask leaves out have addresses inside the tensor all the same: Triton 3.6 is said to
+  fault on others on SM12x (vLLM's sparse_swa.py).
 """
 
 import triton
 import triton.language as tl
 
 HEAD_DIM = tl.constexpr(512)
-NOPE_DIM = tl.constexpr(448)
 DATA_BYTES = tl.constexpr(576)
-SCALES = tl.constexpr(8)
+# A row in 32-bit words: 7 groups of 16 with one scale each, then RoPE.
+GROUPS = tl.constexpr(8)
+NOPE_GROUPS = tl.constexpr(7)
+GROUP_WORDS = tl.constexpr(16)
+ROPE_WORDS = tl.constexpr(32)
 MASKED = tl.constexpr(-1e30)
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -34,6 +41,30 @@ _RUNTIME_SIZES = [
 ]
 
 
+# Two words of bf16 pairs from a word of four e4m3 and a scale. Exact: e4m3 has 4 significant bits,
+# and scales are powers of two.
+_UNPACK_E4M3 = tl.constexpr("""{
+    .reg .b16 b0, b1, h0, h1, h2, h3;
+    .reg .b32 p0, p1;
+    .reg .f32 f0, f1, f2, f3;
+    mov.b32 {b0, b1}, $2;
+    cvt.rn.f16x2.e4m3x2 p0, b0;
+    cvt.rn.f16x2.e4m3x2 p1, b1;
+    mov.b32 {h0, h1}, p0;
+    mov.b32 {h2, h3}, p1;
+    cvt.f32.f16 f0, h0;
+    cvt.f32.f16 f1, h1;
+    cvt.f32.f16 f2, h2;
+    cvt.f32.f16 f3, h3;
+    mul.f32 f0, f0, $3;
+    mul.f32 f1, f1, $3;
+    mul.f32 f2, f2, $3;
+    mul.f32 f3, f3, $3;
+    cvt.rn.bf16x2.f32 $0, f1, f0;
+    cvt.rn.bf16x2.f32 $1, f3, f2;
+}""")
+
+
 @triton.jit
 def _load_slots(
     tile,
@@ -44,44 +75,37 @@ def _load_slots(
     extra_indices_ptr,
     table_ptr,
     table_width,
-    SWA_BLOCK: tl.constexpr,
     EXTRA_BLOCK: tl.constexpr,
     HAS_EXTRA: tl.constexpr,
     HAS_TABLE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Page, row and validity of one tile's candidates, each [BLOCK_N]; int32 page ids."""
-    offsets = tl.arange(0, BLOCK_N)
-    if not HAS_EXTRA:
-        n = tile * BLOCK_N + offsets
-        slot = tl.load(swa_indices_ptr + n, mask=n < swa_len, other=-1)
-        valid = slot >= 0
-        slot = tl.where(valid, slot, 0)
-        return slot // SWA_BLOCK, slot % SWA_BLOCK, valid
-
+    """The global slots of one tile's candidates, int32 [BLOCK_N]; negative where there is none."""
     in_extra = tile >= swa_tiles
-    n = tl.where(in_extra, tile - swa_tiles, tile) * BLOCK_N + offsets
-    limit = tl.where(in_extra, extra_len, swa_len)
-    indices_ptr = tl.where(in_extra, extra_indices_ptr, swa_indices_ptr)
-    slot = tl.load(indices_ptr + n, mask=n < limit, other=-1)
-    valid = slot >= 0
-    slot = tl.where(valid, slot, 0)
-    page = tl.where(in_extra, slot // EXTRA_BLOCK, slot // SWA_BLOCK)
-    row = tl.where(in_extra, slot % EXTRA_BLOCK, slot % SWA_BLOCK)
-    if HAS_TABLE:
-        valid = valid & ((page < table_width) | (not in_extra))
-        mapped = tl.load(table_ptr + page, mask=valid & in_extra, other=0)
-        page = tl.where(in_extra, mapped, page)
-    return page, row, valid
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    limit = swa_len
+    indices_ptr = swa_indices_ptr
+    if HAS_EXTRA:
+        n -= tl.where(in_extra, swa_tiles * BLOCK_N, 0)
+        limit = tl.where(in_extra, extra_len, swa_len)
+        indices_ptr = tl.where(in_extra, extra_indices_ptr, swa_indices_ptr)
+    listed = n < limit
+    slot = tl.load(indices_ptr + tl.where(listed, n, 0), mask=listed, other=-1)
+    if HAS_EXTRA and HAS_TABLE:
+        position = tl.maximum(slot, 0)
+        page = position // EXTRA_BLOCK
+        known = in_extra & (slot >= 0) & (page < table_width)
+        page = tl.load(table_ptr + tl.where(known, page, 0), mask=known, other=-1)
+        mapped = tl.where(page < 0, -1, page * EXTRA_BLOCK + position % EXTRA_BLOCK)
+        slot = tl.where(in_extra, mapped, slot)
+    return slot
 
 
 @triton.jit
 def _load_rows(
     tile,
     swa_tiles,
-    page,
-    row,
-    valid,
+    slot,
     swa_ptr,
     extra_ptr,
     swa_page_stride,
@@ -89,50 +113,97 @@ def _load_rows(
     SWA_BLOCK: tl.constexpr,
     EXTRA_BLOCK: tl.constexpr,
     HAS_EXTRA: tl.constexpr,
-    BLOCK_N: tl.constexpr,
 ):
-    """Raw bytes of one tile: NoPE [BLOCK_N, 512] uint8, scales [BLOCK_N, 8] uint8, RoPE bf16."""
-    d = tl.arange(0, HEAD_DIM)
+    """Raw rows of one tile: NoPE words [BLOCK_N, 8, 16], RoPE words [BLOCK_N, 32], and
+    scale bytes [BLOCK_N, 8]. The last of the 8 groups is RoPE's and has no NoPE words.
+    """
+    base = swa_ptr
+    stride = swa_page_stride
+    valid = slot >= 0
+    slot = tl.maximum(slot, 0)
+    page = slot // SWA_BLOCK
+    row = slot % SWA_BLOCK
+    scale_offset = SWA_BLOCK * DATA_BYTES
     if HAS_EXTRA:
         in_extra = tile >= swa_tiles
         base = tl.where(in_extra, extra_ptr, swa_ptr)
         stride = tl.where(in_extra, extra_page_stride, swa_page_stride)
+        page = tl.where(in_extra, slot // EXTRA_BLOCK, page)
+        row = tl.where(in_extra, slot % EXTRA_BLOCK, row)
         scale_offset = tl.where(in_extra, EXTRA_BLOCK * DATA_BYTES, SWA_BLOCK * DATA_BYTES)
-    else:
-        base = swa_ptr
-        stride = swa_page_stride
-        scale_offset = SWA_BLOCK * DATA_BYTES
     start = page.to(tl.int64) * stride
     data = start + row * DATA_BYTES
+    words_ptr = base.to(tl.pointer_type(tl.int32)) + data // 4
+    group = tl.arange(0, GROUPS)
     nope = tl.load(
-        base + data[:, None] + d[None, :],
-        mask=valid[:, None] & (d < NOPE_DIM)[None, :],
+        words_ptr[:, None, None]
+        + (group * GROUP_WORDS)[None, :, None]
+        + tl.arange(0, GROUP_WORDS)[None, None, :],
+        mask=valid[:, None, None] & (group < NOPE_GROUPS)[None, :, None],
+        other=0,
+    )
+    rope = tl.load(
+        words_ptr[:, None] + (tl.arange(0, ROPE_WORDS) + NOPE_GROUPS * GROUP_WORDS)[None, :],
+        mask=valid[:, None],
         other=0,
     )
     scale = tl.load(
-        base + (start + scale_offset + row * SCALES)[:, None] + tl.arange(0, SCALES)[None, :],
+        base + (start + scale_offset + row * GROUPS)[:, None] + group[None, :],
         mask=valid[:, None],
         other=127,
     )
-    # In bf16 elements, RoPE value d is 448 / 2 + (d - 448) past the row's start.
-    rope_ptr = base.to(tl.pointer_type(tl.bfloat16)) + (data // 2)[:, None]
-    rope = tl.load(
-        rope_ptr + (d - NOPE_DIM // 2)[None, :],
-        mask=valid[:, None] & (d >= NOPE_DIM)[None, :],
-        other=0.0,
-    )
-    return nope, scale, rope
+    return nope, rope, scale
 
 
 @triton.jit
-def _dequantise(nope, scale, rope, DOT_DTYPE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """K tile [BLOCK_N, 512]; exact in bf16, as e4m3 has 4 significant bits and scales are 2^n."""
-    d = tl.arange(0, HEAD_DIM)
+def _dequantise(nope, rope, scale, BLOCK_N: tl.constexpr, NATIVE: tl.constexpr):
+    """K tile [BLOCK_N, 512] of `_load_rows`' words: bf16, or fp32 in the interpreter."""
+    group = tl.arange(0, GROUPS)
+    is_nope = (group < NOPE_GROUPS)[None, :, None]
     factor = (scale.to(tl.int32) << 23).to(tl.float32, bitcast=True)
-    factor = tl.broadcast_to(factor[:, :, None], (BLOCK_N, SCALES, HEAD_DIM // SCALES))
-    factor = tl.reshape(factor, (BLOCK_N, HEAD_DIM))
-    value = nope.to(tl.float8e4nv, bitcast=True).to(tl.float32) * factor
-    return tl.where((d < NOPE_DIM)[None, :], value.to(DOT_DTYPE), rope.to(DOT_DTYPE))
+    factor = tl.broadcast_to(factor[:, :, None], (BLOCK_N, GROUPS, GROUP_WORDS))
+    if NATIVE:
+        low, high = tl.inline_asm_elementwise(
+            _UNPACK_E4M3,
+            "=r,=r,r,r",
+            [nope, factor],
+            dtype=(tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
+        pairs = tl.reshape(tl.join(low, high), (BLOCK_N, GROUPS, ROPE_WORDS))
+        pairs = tl.where(is_nope, pairs, rope[:, None, :])
+        even, odd = tl.inline_asm_elementwise(
+            "mov.b32 {$0, $1}, $2;",
+            "=h,=h,r",
+            [pairs],
+            dtype=(tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=1,
+        )
+        k = tl.reshape(tl.join(even, odd), (BLOCK_N, HEAD_DIM))
+        # Not pure, so that Triton does not look through it: from a join it concludes that the dot
+        # has 8-bit operands, and then loads them without ldmatrix.
+        k = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [k], dtype=tl.bfloat16, is_pure=False, pack=2
+        )
+    else:
+        even = tl.join(_e4m3(nope, 0), _e4m3(nope, 2))
+        odd = tl.join(_e4m3(nope, 1), _e4m3(nope, 3))
+        values = tl.join(even, odd) * factor[:, :, :, None, None]
+        values = tl.reshape(values, (BLOCK_N, GROUPS, HEAD_DIM // GROUPS))
+        even = (rope << 16).to(tl.float32, bitcast=True)
+        odd = (rope & -65536).to(tl.float32, bitcast=True)
+        rope_values = tl.reshape(tl.join(even, odd), (BLOCK_N, 1, HEAD_DIM // GROUPS))
+        k = tl.reshape(tl.where(is_nope, values, rope_values), (BLOCK_N, HEAD_DIM))
+    return k
+
+
+@triton.jit
+def _e4m3(words, BYTE: tl.constexpr):
+    """One byte of each word as the e4m3 that it is, in fp32."""
+    byte = (words >> (8 * BYTE)) & 0xFF
+    return byte.to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float32)
 
 
 @triton.jit
@@ -233,17 +304,17 @@ def sparse_mla_kernel(
     q_ptrs = q_row_ptr + h[:, None] * q_stride_h + d[None, :]
     q = tl.load(q_ptrs, mask=head_mask[:, None], other=0.0).to(DOT_DTYPE)
 
-    page, row, valid = _load_slots(
+    slot = _load_slots(
         first, swa_tiles, swa_len, extra_len, swa_row_ptr, extra_row_ptr, table_row_ptr,
-        table_width, SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA, HAS_TABLE, BLOCK_N,
+        table_width, EXTRA_BLOCK, HAS_EXTRA, HAS_TABLE, BLOCK_N,
     )  # fmt: skip
-    nope, scale, rope = _load_rows(
-        first, swa_tiles, page, row, valid, swa_ptr, extra_ptr, swa_page_stride,
-        extra_page_stride, SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA, BLOCK_N,
+    nope, rope, scale = _load_rows(
+        first, swa_tiles, slot, swa_ptr, extra_ptr, swa_page_stride, extra_page_stride,
+        SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA,
     )  # fmt: skip
-    next_page, next_row, next_valid = _load_slots(
+    next_slot = _load_slots(
         first + 1, swa_tiles, swa_len, extra_len, swa_row_ptr, extra_row_ptr, table_row_ptr,
-        table_width, SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA, HAS_TABLE, BLOCK_N,
+        table_width, EXTRA_BLOCK, HAS_EXTRA, HAS_TABLE, BLOCK_N,
     )  # fmt: skip
 
     running_max = tl.full((BLOCK_H,), MASKED, tl.float32)
@@ -251,24 +322,25 @@ def sparse_mla_kernel(
     acc = tl.zeros((BLOCK_H, HEAD_DIM), tl.float32)
     scale_log2 = softmax_scale * LOG2E
     for tile in tl.range(first, last, num_stages=1):
-        k = _dequantise(nope, scale, rope, DOT_DTYPE, BLOCK_N)
-        tile_valid = valid
-        valid = next_valid
-        nope, scale, rope = _load_rows(
-            tile + 1, swa_tiles, next_page, next_row, next_valid, swa_ptr, extra_ptr,
-            swa_page_stride, extra_page_stride, SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA, BLOCK_N,
+        k = _dequantise(nope, rope, scale, BLOCK_N, NATIVE)
+        valid = slot >= 0
+        slot = next_slot
+        nope, rope, scale = _load_rows(
+            tile + 1, swa_tiles, slot, swa_ptr, extra_ptr, swa_page_stride, extra_page_stride,
+            SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA,
         )  # fmt: skip
-        next_page, next_row, next_valid = _load_slots(
+        next_slot = _load_slots(
             tile + 2, swa_tiles, swa_len, extra_len, swa_row_ptr, extra_row_ptr, table_row_ptr,
-            table_width, SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA, HAS_TABLE, BLOCK_N,
+            table_width, EXTRA_BLOCK, HAS_EXTRA, HAS_TABLE, BLOCK_N,
         )  # fmt: skip
-        s = tl.dot(k, tl.trans(q)) * scale_log2  # [BLOCK_N, BLOCK_H]
-        s = tl.where(tile_valid[:, None], s, MASKED)
+        s = tl.where(valid[:, None], tl.dot(k, tl.trans(q)) * scale_log2, MASKED)
         new_max = tl.maximum(running_max, tl.max(s, 0))
-        p = tl.where(tile_valid[:, None], tl.exp2(s - new_max[None, :]), 0.0)
         rescale = tl.exp2(running_max - new_max)
+        # Before P is staged, so that the two share their shared memory.
+        acc = acc * rescale[:, None]
+        p = tl.exp2(s - tl.maximum(new_max, MASKED / 2)[None, :])  # 0 where s is MASKED
         running_sum = running_sum * rescale + tl.sum(p, 0)
-        acc = tl.dot(tl.trans(p).to(DOT_DTYPE), k, acc * rescale[:, None])
+        acc = tl.dot(tl.trans(p).to(DOT_DTYPE), k, acc)
         running_max = new_max
 
     token, h, head_mask = _place(head_blocks, num_heads, BLOCK_H, NATIVE)
