@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A checkpoint larger than memory, loaded cold: lazily, by vLLM's prefetch, and read ahead of.
 
-Needs root and no GPU. The checkpoint lies on an ext4 file system of its own, in an image behind a loop
-device with direct I/O, so that only its own page cache exists; it is mounted anew before each load.
-vLLM's iterator reads it under a memory cgroup that this process joins after its imports: page cache
-and buffers count, the libraries do not. Every tensor, or an eighth of it as one of eight ranks takes,
-is copied out. Bytes are those that the loop device was asked for.
+Needs root and no GPU. The checkpoint lies on an ext4 file system of its own, in an image behind a
+loop device with direct I/O, so that only its own page cache exists; it is mounted anew before each
+load. vLLM's iterator reads it under a memory cgroup that this process joins after its imports: page
+cache and buffers count, the libraries do not. Every tensor, or an eighth of it as one of eight
+ranks takes, is copied out. Bytes are those that the loop device was asked for.
 """
 
 import itertools
