@@ -344,7 +344,7 @@ from vllm_sm12x.changes import loading
 from vllm_sm12x.changes.change import Applied, Context, Phase
 from vllm_sm12x.device import Device
 
-weight_utils._get_fs_type.__code__ = (lambda files: "ext4").__code__
+weight_utils._get_fs_type = lambda files: "ext4"  # before vllm_api takes it by name
 folder = FOLDER
 messages = []
 handler = logging.Handler()
