@@ -282,6 +282,11 @@ def set_by_others(name: str, ours: str) -> str | None:
     return None if value == ours else value
 
 
+def variable(name: str) -> str | None:
+    """A variable that is somebody else's, None when unset."""
+    return os.environ.get(name)
+
+
 def cuda_home() -> str | None:
     """The folder of the CUDA toolkit that the user names: CUDA_HOME, else CUDA_PATH, else None."""
     return os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or None

@@ -71,12 +71,19 @@ def layers_register_tilelang_kernels():
     return importlib.util.find_spec(helper) is not None
 
 
+def ray_compiles_no_graph():
+    from vllm_sm12x.vllm_api import ray
+
+    return not ray.waits_for_compiled_graph()
+
+
 # What a release has that makes the branch superfluous, by module and release of its comment.
 PROBES = {
     ("config", "0.30"): [fp4_keys_have_no_flag_of_their_own],
     ("deep_gemm", "0.33"): [prefill_logits_are_compressed, paged_logits_are_never_cleaned],
     ("hyper_connections", "0.26"): [first_layer_expands_the_embedding],
     ("hyper_connections", "0.30"): [layers_register_tilelang_kernels],
+    ("ray", "0.33"): [ray_compiles_no_graph],
     ("sparse_mla", "0.24"): [builder_gives_prefill_slots],
     ("sparse_mla", "0.33"): [layers_break_graphs_switched_on_later],
 }

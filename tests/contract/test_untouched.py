@@ -58,9 +58,9 @@ answer({
     ).answer
 
 
-def test_every_change_is_active(applied):
+def test_every_change_is_active(applied, settled):
     assert set(applied["states"]) == {name for name, _, _ in applied["table"]}
-    assert set(applied["states"].values()) == {"active"}
+    assert applied["states"] == settled
 
 
 def test_only_declared_symbols_change(applied):
