@@ -36,7 +36,7 @@ def settle_before_model(vllm_config: Any) -> None:
         broken = outcome.state in (State.DRIFTED, State.FAILED)
         if row.name == SELECT_ROW:
             broken = choice.explicit and outcome.state is not State.ACTIVE
-        if broken and row.phase is Phase.WORKER:
+        if broken and row.phase is Phase.WORKER and not row.speed_only:
             raise RuntimeError(
                 f"{selection.NAME} is chosen ({choice.why}), but the change {row.name} is "
                 f"{outcome.state.value}: {outcome.detail}."

@@ -157,6 +157,7 @@ class Change:
     wanted: Callable[[Context], Verdict] = _always  # do the user's settings leave it on?
     needed: Callable[[Context], Verdict] = _always  # does this vLLM lack it?
     requires: tuple[str, ...] = ()  # rows without which this one has no effect
+    speed_only: bool = False  # the model runs without it, and with the same result
 
 
 @dataclass(frozen=True)
