@@ -76,7 +76,7 @@ ROWS = (
         needed=_default_is_for_large_m,
         apply=_wrap_look_up,
         check=_gemm_asks_us,
-        retire="vLLM's default for M <= 8 has small tiles, and it reads tuned FP8 linear files from "
-        "VLLM_TUNED_CONFIG_FOLDER",
+        retire="vLLM's default for M <= 8 has small tiles, and VLLM_TUNED_CONFIG_FOLDER holds for "
+        "FP8 linear layers",
     ),
 )

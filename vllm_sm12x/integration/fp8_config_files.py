@@ -50,9 +50,14 @@ def user_folders() -> tuple[Path, ...]:
     return (ours,) if named is None else (named, ours)
 
 
+def default_config(stock: Config, m: int) -> Config:
+    """What `m` rows take without a file, where vLLM's own default is `stock`."""
+    return {**stock, **SMALL_M_CHANGES} if m <= SMALL_M else stock
+
+
 def default_table(stock: Config) -> Table:
-    """Small tiles up to M = 8, and vLLM's default `stock` from 9 on, whatever M vLLM looks for."""
-    return {SMALL_M: {**stock, **SMALL_M_CHANGES}, SMALL_M + 1: stock}
+    """`default_config` of every M, in vLLM's way of taking the entry with the nearest M."""
+    return {m: default_config(stock, m) for m in (SMALL_M, SMALL_M + 1)}
 
 
 def read_table(path: Path, block_k: int) -> Table:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launch configurations of vLLM's block-scaled FP8 GEMM in Triton. Heavy to import: workers only."""
+"""Launches of vLLM's block-scaled FP8 GEMM in Triton. Heavy to import: workers only."""
 
 from collections.abc import Callable
 from pathlib import Path
