@@ -59,7 +59,8 @@ def launched(n, k, ms):
     return found
 
 facts = {"stock": launched(*SHAPES["untuned"], MS)}
-name = fp8_utils.get_device_name_as_file_name()
+facts["stock said"] = list(said)
+name = files.as_in_file_names(GPU)
 folder = files.user_folders()[-1]
 folder.mkdir(parents=True, exist_ok=True)
 write = lambda device, kind, text: (
@@ -107,7 +108,7 @@ with mock.patch.object(api, "launched_config", lambda *arguments: {"BLOCK_SIZE_M
     facts["not needed"] = state()
 with mock.patch.dict(os.environ, {"VLLM_TUNED_CONFIG_FOLDER": "/somewhere"}):
     facts["folders"] = [str(one) for one in files.user_folders()]
-facts["names"] = [name, files.as_in_file_names(GPU)]
+facts["name"] = files.file_name(name, *SHAPES["untuned"], 128, 128)
 answer(facts)
 """
 
@@ -148,7 +149,8 @@ def test_a_file_of_vllms_own_for_this_gpu_is_left_to_vllm(facts):
 
 def test_the_format_is_vllms(facts):
     assert facts["read by vLLM"] == facts["read by us"] == {"1": OF_USER}
-    assert facts["names"][0] == facts["names"][1]
+    (missed,) = [text for _, text in facts["stock said"] if "Config file not found" in text]
+    assert missed.endswith(f"/configs/{facts['name']}")
 
 
 def test_a_file_that_would_give_wrong_results_is_left_out_in_words(facts):

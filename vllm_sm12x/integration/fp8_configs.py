@@ -14,6 +14,7 @@ from vllm_sm12x.integration.fp8_config_files import (
     SMALL_M,
     Config,
     Table,
+    as_in_file_names,
     default_table,
     file_name,
     read_table,
@@ -40,7 +41,7 @@ def look_up(original: Callable[..., Table | None], *shape: int) -> Table | None:
 def _look_up(
     original: Callable[..., Table | None], n: int, k: int, block_n: int, block_k: int
 ) -> Table | None:
-    device = stock.device_name()
+    device = as_in_file_names(stock.device_name())
     shipped = stock.folder_of_vllm()
     mine = file_name(device, n, k, block_n, block_k)
     for folder in user_folders():

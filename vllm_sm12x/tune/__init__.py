@@ -177,7 +177,7 @@ def _tune(
     console.print("Importing vLLM ...", markup=False)
     import torch
 
-    from vllm_sm12x.integration.fp8_config_files import default_config
+    from vllm_sm12x.integration.fp8_config_files import as_in_file_names, default_config
     from vllm_sm12x.tune import measure
     from vllm_sm12x.tune.search import best_for
     from vllm_sm12x.tune.space import candidates, regrouped
@@ -192,7 +192,11 @@ def _tune(
     torch.set_float32_matmul_precision("highest")
     limit = measure.shared_memory()
     spaces = {m: candidates(m, model.block, limit) for m in rows}
-    made_with = {"gpu": stock.device_name(), "shared_memory": limit, **_versions()}
+    made_with = {
+        "gpu": as_in_file_names(stock.device_name()),
+        "shared_memory": limit,
+        **_versions(),
+    }
     records = [_records(folder, shape, model.block, made_with, resume) for shape in shapes]
     jobs = [
         (shape, of_shape, m)

@@ -81,8 +81,8 @@ class _Recorder:
 
 
 def device_name() -> str:
-    """The GPU's name as vLLM writes it into the names of its configuration files."""
-    return fp8_utils.get_device_name_as_file_name()
+    """The GPU's name, of which vLLM makes the names of its configuration files."""
+    return fp8_utils.current_platform.get_device_name()
 
 
 def folder_of_vllm() -> Path:
