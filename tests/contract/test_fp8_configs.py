@@ -28,12 +28,13 @@ from vllm_sm12x.changes.change import Applied, Context, Phase
 from vllm_sm12x.integration import fp8_config_files as files
 from vllm_sm12x.vllm_api import fp8_configs as api
 
-# vLLM's logger does not pass records on: listen where they are made.
+# vLLM's logger does not pass records on, and some releases configure it late: listen here.
 said = []
 class Ear(logging.Handler):
     def emit(self, record):
         said.append([record.levelname, record.getMessage()])
 logging.getLogger("vllm").addHandler(Ear())
+logging.getLogger("vllm").setLevel(logging.INFO)
 
 (row,) = fp8_tuning.ROWS
 row = dataclasses.replace(row, requires=())

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vllm-sm12x tune` on a made-up GPU: shapes, search, files, resumption, and what it refuses."""
 
+import dataclasses
 import io
 import json
 import math
 from types import FunctionType
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from vllm_sm12x import cli, device
 from vllm_sm12x.device import Device, NoDevice
 from vllm_sm12x.integration.fp8_config_files import default_config, file_name, read_table
 from vllm_sm12x.tiny_checkpoint.config import CONFIG
+from vllm_sm12x.tiny_checkpoint.weights import tiny_tensors
 from vllm_sm12x.tune import records as records_module
 from vllm_sm12x.tune import run_tune
 from vllm_sm12x.tune.errors import TuneError
@@ -76,6 +79,38 @@ class TestShapes:
             gate_up: ("mlp.gate_up_proj",),
             down: ("mlp.down_proj",),
         }
+
+    @pytest.mark.parametrize(
+        "ranks, expected",
+        [
+            (
+                1,
+                [
+                    (32768, 1024),
+                    (4096, 8192),
+                    (8192, 1024),
+                    (1536, 4096),
+                    (1024, 4096),
+                    (4096, 512),
+                ],
+            ),
+            (
+                2,
+                [(16384, 1024), (4096, 4096), (8192, 1024), (1536, 4096), (512, 4096), (4096, 256)],
+            ),
+            (4, [(8192, 1024), (4096, 2048), (1536, 4096), (256, 4096), (4096, 128)]),
+        ],
+    )
+    def test_deepseek_v4_as_vllm_builds_it(self, ranks, expected):
+        """`expected` are the FP8 weights, without wo_a, of vLLM 0.26.0's model on torch's meta."""
+        tensors = {
+            tensor.name: Stored(tensor.dtype, tensor.shape)
+            for tensor in tiny_tensors(frozenset())
+            if not tensor.name.startswith("mtp.")
+        }
+        shapes = shapes_of(tensors, CONFIG, BLOCK, ranks)
+        assert {(shape.n, shape.k) for shape in shapes} == set(expected)
+        assert all(shape.by_rule for shape in shapes)
 
     def test_what_is_no_block_scaled_linear_is_left_out(self):
         tensors = {
@@ -434,3 +469,23 @@ def test_a_result_is_right_only_within_rounding():
         broken[17, 3] = broken[17, 3] + wrong
         assert not judgement(broken, oracle).right
     assert not judgement(rounded * 1.01, oracle).right
+
+
+@pytest.mark.parametrize("speed_only", [True, False])
+def test_a_worker_goes_on_without_a_row_that_only_brings_speed(monkeypatch, speed_only):
+    from vllm_sm12x import changes
+    from vllm_sm12x.changes import attention, fp8_tuning
+    from vllm_sm12x.changes.change import Outcome, State
+    from vllm_sm12x.integration import selection
+
+    (row,) = fp8_tuning.ROWS
+    assert row.speed_only
+    moved = Outcome(dataclasses.replace(row, speed_only=speed_only), State.DRIFTED, "it moved")
+    monkeypatch.setattr(changes, "apply_all", lambda phase: (moved,))
+    monkeypatch.setattr(selection, "choose", lambda config: mock.Mock(ours=True, why="SM12x"))
+    monkeypatch.setattr(selection, "serves", lambda config: True)
+    if speed_only:
+        attention.settle_before_model(None)
+    else:
+        with pytest.raises(RuntimeError, match="fp8_linear.configs is drifted: it moved"):
+            attention.settle_before_model(None)
