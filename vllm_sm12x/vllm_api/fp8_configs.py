@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Launches of vLLM's block-scaled FP8 GEMM in Triton. Heavy to import: workers only."""
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from types import FunctionType
@@ -87,7 +88,7 @@ def device_name() -> str:
 
 def folder_of_vllm() -> Path:
     """Where vLLM keeps the configuration files that it ships."""
-    return Path(fp8_utils.__file__).resolve().parent / "configs"
+    return Path(inspect.getfile(fp8_utils)).resolve().parent / "configs"
 
 
 def batch_invariant() -> bool:
