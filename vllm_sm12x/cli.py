@@ -74,3 +74,44 @@ def tiny_checkpoint(
             typer.echo(error, err=True)
             raise typer.Exit(1) from None
     typer.echo(written)
+
+
+@app.command()
+def tune(
+    model: Annotated[str, typer.Argument(help="A model's folder, or its name on the hub.")],
+    tensor_parallel_size: Annotated[
+        int, typer.Option(min=1, help="As for `vllm serve`: shapes are those of one GPU.")
+    ] = 1,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The folder to write; by default where the plugin looks first."),
+    ] = None,
+    m: Annotated[
+        str | None, typer.Option(help="Numbers of rows to tune for, as in 1,2,4,8.")
+    ] = None,
+    shape: Annotated[str | None, typer.Option(help="Only this shape, as in 1536x4096.")] = None,
+    resume: Annotated[bool, typer.Option(help="Keep what an earlier run measured.")] = True,
+    time_limit: Annotated[
+        float | None, typer.Option(min=0, help="Begin nothing after so many seconds.")
+    ] = None,
+    estimate: Annotated[bool, typer.Option(help="Only list what would be done; no GPU.")] = False,
+) -> None:
+    """Find the fastest configurations of vLLM's FP8 linear GEMM for a model, on this GPU."""
+    from vllm_sm12x.tune import DEFAULT_MS, run_tune
+    from vllm_sm12x.tune.errors import TuneError
+
+    try:
+        status = run_tune(
+            model,
+            tensor_parallel_size=tensor_parallel_size,
+            out=out,
+            ms=DEFAULT_MS if m is None else m,
+            shape=shape,
+            resume=resume,
+            time_limit=time_limit,
+            estimate=estimate,
+        )
+    except TuneError as error:
+        typer.echo(error, err=True)
+        raise typer.Exit(1) from None
+    raise typer.Exit(status)

@@ -104,7 +104,8 @@ class TestTable:
     def test_budget_of_deep_changes(self):
         """Raise a number only with a reason: each of these can break with any vLLM release."""
         kinds = [change.kind for change in CHANGES]
-        assert kinds.count(Kind.WRAP) <= 5, "the fifth reads ahead: it needs the loader's progress"
+        # The fifth reads ahead, and needs the loader's progress; the sixth answers a GEMM's question.
+        assert kinds.count(Kind.WRAP) <= 6
         assert kinds.count(Kind.REPLACE) <= 1, "hyper-connections are functions, called by name"
 
     @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.name)

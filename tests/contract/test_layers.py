@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "plugin": {"changes", "vllm_api", *LEAVES},
     "doctor": {"plugin", "changes", "vllm_api", *LEAVES},
     "demo": {"demo", "tiny_checkpoint", "ops", *LEAVES},
-    "cli": {"doctor", "demo", "tiny_checkpoint", *LEAVES},
+    "tune": {"tune", "integration", "vllm_api", *LEAVES},
+    "cli": {"doctor", "demo", "tiny_checkpoint", "tune", *LEAVES},
     "__main__": {"cli"},
 }
 # What vLLM, half imported, calls or half-dead machines run: no heavy import at the top of these.
