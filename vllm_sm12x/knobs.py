@@ -214,6 +214,15 @@ KNOBS: tuple[Knob, ...] = (
         "and then selected from, which is faster on the GPU that was measured (an H200).",
     ),
     Knob(
+        name="VLLM_SM12X_COMPILE_LOG",
+        default=None,
+        default_text="unset",
+        allowed="a path",
+        parse=str,
+        help="A file to which workers append a JSON line when they are ready, and one for each "
+        "kernel that they compile, load from disk or autotune after that.",
+    ),
+    Knob(
         name="VLLM_SM12X_OFF",
         default=(),
         default_text="unset",

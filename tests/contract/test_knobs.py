@@ -126,7 +126,11 @@ def test_bad_providers_say_what_is_wrong_and_what_was_meant(monkeypatch, raw, be
 
 
 def test_every_knob_that_can_be_wrong_is_tried():
-    takes_anything = {"VLLM_TRITON_MLA_SPARSE_DUMP_PATH", "VLLM_SM12X_OFF"}
+    takes_anything = {
+        "VLLM_TRITON_MLA_SPARSE_DUMP_PATH",
+        "VLLM_SM12X_COMPILE_LOG",
+        "VLLM_SM12X_OFF",
+    }
     tried_above = {"VLLM_SM12X_PROVIDERS"}
     tried = {name for name, _, _ in BAD} | takes_anything | tried_above
     assert tried == {knob.name for knob in knobs.KNOBS}
