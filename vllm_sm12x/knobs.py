@@ -133,7 +133,8 @@ KNOBS: tuple[Knob, ...] = (
         allowed="0 or 1",
         parse=_switch,
         help="0: no torch.compile and no CUDA graphs while TRITON_MLA_SPARSE is in use, for "
-        "debugging.",
+        "debugging. 1, where you set it: vLLM's graph mode also where another one is the default "
+        "(speculative decoding on SM 12.1).",
     ),
     Knob(
         name="VLLM_TRITON_MLA_SPARSE_TOPK_CHUNK_SIZE",
@@ -238,6 +239,11 @@ _BY_NAME = {knob.name: knob for knob in KNOBS}
 def get(name: str) -> Any:
     """The value in force of the knob `name`. Raises KnobError for a bad value."""
     return _BY_NAME[name].read()
+
+
+def given(name: str) -> bool:
+    """Whether the user has set the knob `name`, to its default or to anything else."""
+    return bool(_BY_NAME[name].text)
 
 
 def check_environment(known: Container[str] = ()) -> None:

@@ -3,10 +3,43 @@
 
 from contextlib import ExitStack
 
+from vllm_sm12x import knobs
 from vllm_sm12x.changes.change import Change, Context, Kind, Phase, Verdict
 from vllm_sm12x.changes.host import on_sm12x_path
 
+GRAPHS_ROW = "cuda_graphs"
 WATCH_ROW = "compile_watch"
+
+
+def _graphs_allowed(context: Context) -> Verdict:
+    from vllm_sm12x.integration import cuda_graphs
+
+    if not knobs.get(cuda_graphs.ALLOW):
+        return Verdict(False, f"{cuda_graphs.ALLOW}=0")
+    return on_sm12x_path(context)
+
+
+def _settle_graphs(context: Context, undo: ExitStack) -> None:
+    from vllm_sm12x.integration import cuda_graphs, startup
+
+    startup.graphs_decided.append(cuda_graphs.settle)
+    undo.callback(startup.graphs_decided.remove, cuda_graphs.settle)
+
+
+def _platform_settles_graphs(context: Context) -> Verdict:
+    from vllm_sm12x.integration import cuda_graphs, startup
+    from vllm_sm12x.integration.platform import Sm12xPlatform
+    from vllm_sm12x.vllm_api.platform import current_platform_class
+
+    asked = current_platform_class().check_and_update_config
+    ours = asked == Sm12xPlatform.check_and_update_config
+    mode = cuda_graphs.rule_of_mode(context.capability)
+    said = f"FULL_DECODE_ONLY, {mode}" if mode else "vLLM's mode"
+    return Verdict(
+        ours and cuda_graphs.settle in startup.graphs_decided,
+        f"with k draft tokens: {said}; 1 + k tokens times each number of requests up to "
+        f"{cuda_graphs.ALL_COUNTS}, fewer of them if --max-num-seqs is larger",
+    )
 
 
 def _arm_when_ready(context: Context, undo: ExitStack) -> None:
@@ -34,6 +67,23 @@ def _the_worker_arms_it(context: Context) -> Verdict:
 
 
 ROWS = (
+    Change(
+        name=GRAPHS_ROW,
+        kind=Kind.SUBCLASS,
+        phase=Phase.REGISTER,
+        what="Under speculative decoding each number of requests up to 64 has a CUDA graph of "
+        "its size, and on SM 12.1 the mode is FULL_DECODE_ONLY, where `--compilation-config` "
+        "leaves them open.",
+        why="4 requests with 2 draft tokens run as 6, batches beyond 512 tokens without a graph, "
+        "and a GB10 hangs after some 10 requests.",
+        upstream="https://github.com/vllm-project/vllm/issues/40969",
+        touches=("vllm.config.compilation.CompilationConfig.max_cudagraph_capture_size",),
+        requires=("platform",),
+        wanted=_graphs_allowed,
+        apply=_settle_graphs,
+        check=_platform_settles_graphs,
+        retire="vLLM captures decode batches by their number of requests, and #40969 is closed",
+    ),
     Change(
         name=WATCH_ROW,
         kind=Kind.SUBCLASS,

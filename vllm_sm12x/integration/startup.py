@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a worker runs at its steps; `changes` fills it, as imports point downwards."""
+"""What runs as an engine starts; `changes` fills it, as imports point downwards."""
 
 from collections.abc import Callable
 from typing import Any
 
-before_model: list[Callable[[Any], None]] = []  # each takes the VllmConfig
-ready: list[Callable[[], None]] = []  # when everything is compiled and captured
+graphs_decided: list[Callable[[Any], None]] = []  # by vLLM, for the VllmConfig that each takes
+before_model: list[Callable[[Any], None]] = []  # in a worker; each takes the VllmConfig
+ready: list[Callable[[], None]] = []  # in a worker, everything is compiled and captured
