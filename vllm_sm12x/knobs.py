@@ -215,6 +215,16 @@ KNOBS: tuple[Knob, ...] = (
         "and then selected from, which is faster on the GPU that was measured (an H200).",
     ),
     Knob(
+        name="VLLM_SM12X_WARMUP",
+        default=None,
+        default_text="unset (auto)",
+        allowed="0, 1 or auto",
+        parse=_one_of({"auto": None, "0": False, "1": True}),
+        help="Whether a worker runs batches of made-up requests before it reports ready, so that "
+        "real ones do not wait for compilers. Auto: where TRITON_MLA_SPARSE serves the model. 1: "
+        "for any model that generates text. 0: never.",
+    ),
+    Knob(
         name="VLLM_SM12X_COMPILE_LOG",
         default=None,
         default_text="unset",

@@ -118,7 +118,9 @@ answer({
     "SM121 plain": facts(lambda: config("12.1")),
     "SM121 allowed": facts(lambda: config("12.1", "1", **spec(2))),
     "SM121 own mode": facts(
-        lambda: config("12.1", compilation_config={"cudagraph_mode": "FULL_AND_PIECEWISE"}, **spec(2))
+        lambda: config(
+            "12.1", compilation_config={"cudagraph_mode": "FULL_AND_PIECEWISE"}, **spec(2)
+        )
     ),
     "own sizes": facts(
         lambda: config(compilation_config={"cudagraph_capture_sizes": [3, 12, 24]}, **spec(2))

@@ -44,6 +44,8 @@ GOOD = [
     ("VLLM_TRITON_MLA_SPARSE_DUMP_PATH", "/x/y.jsonl", "/x/y.jsonl"),
     ("VLLM_SM12X_ASSUME", "12.1", (12, 1)),
     ("VLLM_SM12X_ONE_PASS_TOP_K", "1", True),
+    ("VLLM_SM12X_WARMUP", "1", True),
+    ("VLLM_SM12X_WARMUP", "0", False),
     ("VLLM_SM12X_OFF", "worker, attention.name,", ("worker", "attention.name")),
     ("VLLM_SM12X_PROVIDERS", "auto", all_ops("auto")),
     ("VLLM_SM12X_PROVIDERS", "deep_gemm", all_ops("deep_gemm")),
@@ -71,6 +73,7 @@ BAD = [
     ("VLLM_TRITON_MLA_SPARSE_DUMP", "on", "0 or 1"),
     ("VLLM_SM12X_ASSUME", "9.0", "12.0 or 12.1"),
     ("VLLM_SM12X_ONE_PASS_TOP_K", "2", "0 or 1"),
+    ("VLLM_SM12X_WARMUP", "on", "0, 1 or auto"),
 ]
 
 

@@ -8,6 +8,7 @@ from vllm_sm12x.changes.change import Change, Context, Kind, Phase, Verdict
 from vllm_sm12x.changes.host import on_sm12x_path
 
 GRAPHS_ROW = "cuda_graphs"
+WARM_UP_ROW = "warm_up"
 WATCH_ROW = "compile_watch"
 
 
@@ -39,6 +40,32 @@ def _platform_settles_graphs(context: Context) -> Verdict:
         ours and cuda_graphs.settle in startup.graphs_decided,
         f"with k draft tokens: {said}; 1 + k tokens times each number of requests up to "
         f"{cuda_graphs.ALL_COUNTS}, fewer of them if --max-num-seqs is larger",
+    )
+
+
+def _warm_up_wanted(context: Context) -> Verdict:
+    if knobs.get("VLLM_SM12X_WARMUP") is False:
+        return Verdict(False, "VLLM_SM12X_WARMUP=0")
+    return on_sm12x_path(context)
+
+
+def _warm_up_before_capture(context: Context, undo: ExitStack) -> None:
+    from vllm_sm12x.integration import startup, warm_up
+
+    startup.before_capture.append(warm_up.warm_up)
+    undo.callback(startup.before_capture.remove, warm_up.warm_up)
+
+
+def _the_worker_warms_up(context: Context) -> Verdict:
+    from vllm_sm12x.integration import startup, warm_up
+    from vllm_sm12x.integration.worker import Sm12xWorker
+    from vllm_sm12x.vllm_api.worker import Worker
+
+    return Verdict(
+        warm_up.warm_up in startup.before_capture
+        and Sm12xWorker.compile_or_warm_up_model is not Worker.compile_or_warm_up_model
+        and issubclass(Sm12xWorker, Worker),
+        "before Worker.compile_or_warm_up_model captures graphs and starts vLLM's JIT monitor",
     )
 
 
@@ -83,6 +110,25 @@ ROWS = (
         apply=_settle_graphs,
         check=_platform_settles_graphs,
         retire="vLLM captures decode batches by their number of requests, and #40969 is closed",
+    ),
+    Change(
+        name=WARM_UP_ROW,
+        kind=Kind.SUBCLASS,
+        phase=Phase.WORKER,
+        what="Before it captures CUDA graphs, a worker runs made-up requests of all sizes and "
+        "kinds at which another kernel variant is launched (`VLLM_SM12X_WARMUP`).",
+        why="The first request after ready waits 2 to 6 s while kernels compile (55 s in stock "
+        "0.23.0), and so do later ones of other sizes.",
+        upstream="ours: newer releases warm more of their own kernels up, and not ours",
+        touches=(
+            "vllm.v1.worker.gpu_worker.Worker.execute_model",
+            "vllm.v1.worker.gpu_worker.Worker.sample_tokens",
+        ),
+        requires=("worker",),
+        wanted=_warm_up_wanted,
+        apply=_warm_up_before_capture,
+        check=_the_worker_warms_up,
+        retire="vLLM runs batches of all sizes before it reports ready",
     ),
     Change(
         name=WATCH_ROW,

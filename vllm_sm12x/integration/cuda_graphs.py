@@ -9,7 +9,7 @@ requests are what the field reports (jasl/vllm-ds4-sm120-harness; vLLM #51593).
 
 import logging
 import weakref
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -32,7 +32,7 @@ logger = get_logger(__name__)
 class LeftOpen(NamedTuple):
     """What the user has not decided by `--compilation-config`, before vLLM fills it in."""
 
-    config: "weakref.ref[Any]"
+    config: Callable[[], Any]  # a weak reference to the VllmConfig
     mode: bool
     sizes: bool
 
@@ -44,7 +44,8 @@ def request_counts(max_num_seqs: int) -> list[int]:
     """Numbers of requests, ascending, whose decode batches get a graph that fits them."""
     if max_num_seqs <= ALL_COUNTS:
         return list(range(1, max_num_seqs + 1))
-    counts, last = [], 0
+    counts: list[int] = []
+    last = 0
     for end, step in PROGRESSION:
         counts += range(last + step, end + 1, step)
         last = end

@@ -6,4 +6,5 @@ from typing import Any
 
 graphs_decided: list[Callable[[Any], None]] = []  # by vLLM, for the VllmConfig that each takes
 before_model: list[Callable[[Any], None]] = []  # in a worker; each takes the VllmConfig
+before_capture: list[Callable[[Any], None]] = []  # in a worker, which each takes
 ready: list[Callable[[], None]] = []  # in a worker, everything is compiled and captured

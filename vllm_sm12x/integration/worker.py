@@ -17,6 +17,8 @@ class Sm12xWorker(Worker):
 
     def compile_or_warm_up_model(self) -> Any:
         """vLLM's last step before it reports ready."""
+        for prepare in startup.before_capture:
+            prepare(self)
         times = super().compile_or_warm_up_model()
         for step in startup.ready:
             step()
