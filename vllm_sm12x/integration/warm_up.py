@@ -39,7 +39,7 @@ RESERVE = 16
 
 logger = get_logger(__name__)
 _lock = threading.Lock()
-_done: set[tuple["Batch", ...]] = set()
+_done: set[tuple[str, "Batch"]] = set()
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,10 @@ def warm_up(worker: Any) -> None:
         logger.warning("No warm-up by vllm-sm12x: this engine %s.", obstacle)
         return
     with _lock:
-        plan = tuple(_plan(worker, ours))
-        if plan in _done:
+        # A second engine of the process finds its kernels compiled where the first had them.
+        model = config.model_config.model
+        plan = [batch for batch in _plan(worker, ours) if (model, batch) not in _done]
+        if not plan:
             return
         start = time.perf_counter()
         if ours and providers.on_sm12x_path():
@@ -140,7 +142,7 @@ def warm_up(worker: Any) -> None:
                         "leaves it out, and requests wait while kernels compile."
                     ) from error
         steps.finish()
-        _done.add(plan)
+        _done.update((model, batch) for batch in plan)
         logger.info("Warmed up with %d batches in %.1f s.", len(plan), time.perf_counter() - start)
 
 
