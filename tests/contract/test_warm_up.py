@@ -71,7 +71,7 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 from unittest import mock
 import torch
-from vllm.v1.worker import gpu_worker
+from vllm.v1.worker import gpu_model_runner, gpu_worker
 from vllm.v1.worker.gpu_input_batch import InputBatch
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.worker_base import WorkerWrapperBase
@@ -90,6 +90,7 @@ wrapper.init_worker([{
 worker = wrapper.worker
 happened = []
 ONE_RANK = SimpleNamespace(is_first_rank=True, is_last_rank=True, world_size=1)
+gpu_model_runner.get_pp_group = gpu_worker.get_pp_group = lambda: ONE_RANK
 
 def unpinned(make):
     return lambda *size, **options: make(*size, **{**options, "pin_memory": False})
@@ -161,12 +162,10 @@ class Runner:
             self.states.input_batch.num_tokens_no_spec[index] += 1
         return EMPTY_MODEL_RUNNER_OUTPUT
 
-worker.load_model = lambda: type(worker).load_model(worker)
 worker.model_runner = runner = Runner()
 worker.use_v2_model_runner = False
 worker.device = torch.device("cpu")
-with mock.patch.object(gpu_worker, "get_pp_group", lambda: ONE_RANK):
-    worker.load_model()
+worker.load_model()
 
 from vllm_sm12x.integration import compile_watch, startup, warm_up
 from vllm_sm12x.vllm_api import warm_up as steps
@@ -183,7 +182,6 @@ def warmed(setting=None):
     if setting:
         os.environ["VLLM_SM12X_WARMUP"] = setting
     with mock.patch.object(gpu_worker.Worker, "compile_or_warm_up_model", stock_step), \\
-         mock.patch.object(gpu_worker, "get_pp_group", lambda: ONE_RANK), \\
          mock.patch.object(steps, "get_pp_group", lambda: ONE_RANK), \\
          mock.patch.object(steps, "is_global_first_rank", lambda: True), \\
          mock.patch.object(steps, "finish", lambda: happened.append(["finished", True])), \\
@@ -194,6 +192,29 @@ def warmed(setting=None):
         times = worker.compile_or_warm_up_model()
     return [len(runner.steps) - before, times]
 
+from vllm_sm12x import changes
+from vllm_sm12x.vllm_api import graph_capture
+
+(row,) = [one for one in changes.report() if one.change.name == "graph_warm_up"]
+captures = []
+
+class Captured(SimpleNamespace):
+    def _dummy_run(self, tokens, **arguments):
+        captures.append([
+            arguments["cudagraph_runtime_mode"].name, arguments.get("is_graph_capturing", False)
+        ])
+
+def capture(mode):
+    captures.clear()
+    runner = Captured(compilation_config=SimpleNamespace(cudagraph_num_of_warmups=1))
+    batch = SimpleNamespace(num_tokens=2, uniform=True, num_active_loras=0)
+    with mock.patch.object(torch.accelerator, "synchronize", lambda *_: None):
+        graph_capture.GPUModelRunner._warmup_and_capture(
+            runner, batch, graph_capture.CUDAGraphMode[mode]
+        )
+    return list(captures), "_dummy_run" in vars(runner)
+
+capturing = {mode: capture(mode) for mode in ("FULL", "PIECEWISE")}
 first = warmed()
 order = list(happened)
 again = warmed()
@@ -209,9 +230,12 @@ failed = failure_of(warmed, "1")
 answer({
     "first": first, "order": order, "again": again, "transferring": transferring, "other": other,
     "failed": failed, "launched": len(launched), "requests": len(runner.states.requests),
+    "capturing": capturing, "row": [row.state.value, row.detail],
     "graphs": runner.cudagraph_dispatcher.keys_initialized, "most": max(runner.steps),
     "registered": [[step.__qualname__ for step in steps]
                    for steps in (startup.before_capture, startup.ready)],
+    "undone": None if changes.undo_all() else capture("FULL")[0],
+    "left": len(startup.before_capture + startup.ready + startup.graphs_decided),
 })
 """
 
@@ -232,6 +256,14 @@ class TestOnVllm:
         assert ran.answer["order"] == [["finished", True], ["stock", True], ["armed", True]]
         assert ran.answer["graphs"] is True
         assert ran.answer["registered"] == [["warm_up"], ["CompileWatch.arm"]]
+
+    def test_a_full_graph_is_warmed_up_as_it_is_captured(self, ran):
+        assert ran.answer["row"][0] == "active", ran.answer["row"][1]
+        full, piecewise = ran.answer["capturing"]["FULL"], ran.answer["capturing"]["PIECEWISE"]
+        assert full == [[["NONE", True], ["FULL", True]], False]
+        assert piecewise == [[["NONE", False], ["PIECEWISE", True]], False]
+        assert ran.answer["left"] == 0
+        assert ran.answer["undone"] == [["NONE", False], ["FULL", True]]
 
     def test_once_in_a_process(self, ran):
         assert ran.answer["again"] == [0, "times"]

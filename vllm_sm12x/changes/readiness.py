@@ -4,11 +4,12 @@
 from contextlib import ExitStack
 
 from vllm_sm12x import knobs
-from vllm_sm12x.changes.change import Change, Context, Kind, Phase, Verdict
+from vllm_sm12x.changes.change import Change, Context, Kind, Phase, Verdict, wrap, wrapped_by
 from vllm_sm12x.changes.host import on_sm12x_path
 
 GRAPHS_ROW = "cuda_graphs"
 WARM_UP_ROW = "warm_up"
+CAPTURE_ROW = "graph_warm_up"
 WATCH_ROW = "compile_watch"
 
 
@@ -66,6 +67,38 @@ def _the_worker_warms_up(context: Context) -> Verdict:
         and Sm12xWorker.compile_or_warm_up_model is not Worker.compile_or_warm_up_model
         and issubclass(Sm12xWorker, Worker),
         "before Worker.compile_or_warm_up_model captures graphs and starts vLLM's JIT monitor",
+    )
+
+
+def _warms_up_in_another_way(context: Context) -> Verdict:
+    from vllm_sm12x.vllm_api import graph_capture as stock
+
+    on_path = on_sm12x_path(context)
+    if on_path.yes and stock.warms_up_as_it_captures():
+        return Verdict(False, "this vLLM warms FULL graphs up with a capture's metadata")
+    return on_path
+
+
+def _wrap_warm_up_and_capture(context: Context, undo: ExitStack) -> None:
+    from vllm_sm12x.integration import graph_capture as ours
+    from vllm_sm12x.vllm_api import graph_capture as stock
+
+    wrap(
+        undo,
+        stock.GPUModelRunner,
+        stock.WARMUP_AND_CAPTURE,
+        CAPTURE_ROW,
+        ours.warm_up_as_captured,
+    )
+
+
+def _warm_up_is_as_captured(context: Context) -> Verdict:
+    from vllm_sm12x.vllm_api import graph_capture as stock
+
+    by = wrapped_by(getattr(stock.GPUModelRunner, stock.WARMUP_AND_CAPTURE))
+    return Verdict(
+        stock.warms_up_as_it_captures() and by == CAPTURE_ROW,
+        "GPUModelRunner's warm-up of a FULL graph asks for a capture's metadata",
     )
 
 
@@ -129,6 +162,22 @@ ROWS = (
         apply=_warm_up_before_capture,
         check=_the_worker_warms_up,
         retire="vLLM runs batches of all sizes before it reports ready",
+    ),
+    Change(
+        name=CAPTURE_ROW,
+        kind=Kind.WRAP,
+        phase=Phase.WORKER,
+        what="The V1 model runner warms a FULL graph up with the attention metadata of its "
+        "capture.",
+        why="With MTP on GDN models: `Triton Error [CUDA]: operation not permitted when stream is "
+        "capturing`.",
+        upstream="https://github.com/vllm-project/vllm/pull/39483",
+        touches=("vllm.v1.worker.gpu_model_runner.GPUModelRunner._warmup_and_capture",),
+        requires=("worker",),
+        needed=_warms_up_in_another_way,
+        apply=_wrap_warm_up_and_capture,
+        check=_warm_up_is_as_captured,
+        retire="vLLM's FULL-graph warm-up passes is_graph_capturing, as #39483 does",
     ),
     Change(
         name=WATCH_ROW,
