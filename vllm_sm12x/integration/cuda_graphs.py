@@ -130,11 +130,13 @@ def _settle_mode(compilation: Any, left_open: LeftOpen) -> str:
 
 
 def _settle_sizes(vllm_config: Any, left_open: LeftOpen, query_len: int) -> str:
+    from vllm_sm12x.vllm_api.compilation import splits_tokens_among_ranks
+
     compilation, scheduler = vllm_config.compilation_config, vllm_config.scheduler_config
     stock = compilation.cudagraph_capture_sizes
     if not left_open.sizes:
         return f"sizes by --compilation-config: {', '.join(map(str, stock))} tokens"
-    if compilation.pass_config.enable_sp:
+    if splits_tokens_among_ranks(compilation):
         return "sizes are vLLM's, multiples of the tensor-parallel size"
     sizes = capture_sizes(
         max_num_seqs=scheduler.max_num_seqs,
