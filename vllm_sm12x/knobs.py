@@ -133,7 +133,8 @@ KNOBS: tuple[Knob, ...] = (
         allowed="0 or 1",
         parse=_switch,
         help="0: no torch.compile and no CUDA graphs while TRITON_MLA_SPARSE is in use, for "
-        "debugging.",
+        "debugging. 1, where you set it: vLLM's graph mode also where another one is the default "
+        "(speculative decoding on SM 12.1).",
     ),
     Knob(
         name="VLLM_TRITON_MLA_SPARSE_TOPK_CHUNK_SIZE",
@@ -214,6 +215,25 @@ KNOBS: tuple[Knob, ...] = (
         "and then selected from, which is faster on the GPU that was measured (an H200).",
     ),
     Knob(
+        name="VLLM_SM12X_WARMUP",
+        default=None,
+        default_text="unset (auto)",
+        allowed="0, 1 or auto",
+        parse=_one_of({"auto": None, "0": False, "1": True}),
+        help="Whether a worker runs batches of made-up requests before it reports ready, so that "
+        "real ones do not wait for compilers. Auto: where TRITON_MLA_SPARSE serves the model. 1: "
+        "for any model that generates text. 0: never.",
+    ),
+    Knob(
+        name="VLLM_SM12X_COMPILE_LOG",
+        default=None,
+        default_text="unset",
+        allowed="a path",
+        parse=str,
+        help="A file to which workers append a JSON line when they are ready, and one for each "
+        "kernel that they compile, load from disk or autotune after that.",
+    ),
+    Knob(
         name="VLLM_SM12X_OFF",
         default=(),
         default_text="unset",
@@ -229,6 +249,11 @@ _BY_NAME = {knob.name: knob for knob in KNOBS}
 def get(name: str) -> Any:
     """The value in force of the knob `name`. Raises KnobError for a bad value."""
     return _BY_NAME[name].read()
+
+
+def given(name: str) -> bool:
+    """Whether the user has set the knob `name`, to its default or to anything else."""
+    return bool(_BY_NAME[name].text)
 
 
 def check_environment(known: Container[str] = ()) -> None:

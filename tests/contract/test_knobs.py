@@ -44,6 +44,8 @@ GOOD = [
     ("VLLM_TRITON_MLA_SPARSE_DUMP_PATH", "/x/y.jsonl", "/x/y.jsonl"),
     ("VLLM_SM12X_ASSUME", "12.1", (12, 1)),
     ("VLLM_SM12X_ONE_PASS_TOP_K", "1", True),
+    ("VLLM_SM12X_WARMUP", "1", True),
+    ("VLLM_SM12X_WARMUP", "0", False),
     ("VLLM_SM12X_OFF", "worker, attention.name,", ("worker", "attention.name")),
     ("VLLM_SM12X_PROVIDERS", "auto", all_ops("auto")),
     ("VLLM_SM12X_PROVIDERS", "deep_gemm", all_ops("deep_gemm")),
@@ -71,6 +73,7 @@ BAD = [
     ("VLLM_TRITON_MLA_SPARSE_DUMP", "on", "0 or 1"),
     ("VLLM_SM12X_ASSUME", "9.0", "12.0 or 12.1"),
     ("VLLM_SM12X_ONE_PASS_TOP_K", "2", "0 or 1"),
+    ("VLLM_SM12X_WARMUP", "on", "0, 1 or auto"),
 ]
 
 
@@ -126,7 +129,11 @@ def test_bad_providers_say_what_is_wrong_and_what_was_meant(monkeypatch, raw, be
 
 
 def test_every_knob_that_can_be_wrong_is_tried():
-    takes_anything = {"VLLM_TRITON_MLA_SPARSE_DUMP_PATH", "VLLM_SM12X_OFF"}
+    takes_anything = {
+        "VLLM_TRITON_MLA_SPARSE_DUMP_PATH",
+        "VLLM_SM12X_COMPILE_LOG",
+        "VLLM_SM12X_OFF",
+    }
     tried_above = {"VLLM_SM12X_PROVIDERS"}
     tried = {name for name, _, _ in BAD} | takes_anything | tried_above
     assert tried == {knob.name for knob in knobs.KNOBS}

@@ -77,8 +77,15 @@ def ray_compiles_no_graph():
     return not ray.waits_for_compiled_graph()
 
 
+def there_is_no_sequence_parallelism_pass():
+    from vllm.config.compilation import PassConfig
+
+    return "enable_sp" not in {field.name for field in dataclasses.fields(PassConfig)}
+
+
 # What a release has that makes the branch superfluous, by module and release of its comment.
 PROBES = {
+    ("compilation", "0.32"): [there_is_no_sequence_parallelism_pass],
     ("config", "0.30"): [fp4_keys_have_no_flag_of_their_own],
     ("deep_gemm", "0.33"): [prefill_logits_are_compressed, paged_logits_are_never_cleaned],
     ("hyper_connections", "0.26"): [first_layer_expands_the_embedding],

@@ -1,7 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of everything that the plugin changes in vLLM, and this process's state of it."""
 
-from vllm_sm12x.changes import attention, fp8_tuning, host, hyper_connections, loading, model
+from vllm_sm12x.changes import (
+    attention,
+    fp8_tuning,
+    host,
+    hyper_connections,
+    loading,
+    model,
+    readiness,
+)
 from vllm_sm12x.changes.change import Applied, Change
 
 CHANGES: tuple[Change, ...] = (
@@ -11,6 +19,7 @@ CHANGES: tuple[Change, ...] = (
     *hyper_connections.ROWS,
     *loading.ROWS,
     *fp8_tuning.ROWS,
+    *readiness.ROWS,
 )
 
 _process = Applied(CHANGES)

@@ -9,7 +9,7 @@ import logging
 from typing import Any
 
 from vllm_sm12x import knobs
-from vllm_sm12x.integration import providers, selection
+from vllm_sm12x.integration import cuda_graphs, providers, selection, startup
 from vllm_sm12x.log import get_logger, once, say_what_waited
 from vllm_sm12x.vllm_api.config import current_config, fp4_indexer_option
 from vllm_sm12x.vllm_api.platform import CudaPlatform, resolve_class
@@ -54,6 +54,7 @@ class Sm12xPlatform(CudaPlatform):  # type: ignore[valid-type, misc]
             _be_eager(vllm_config, "VLLM_TRITON_MLA_SPARSE_ALLOW_CUDAGRAPH=0")
         elif knobs.get("VLLM_TRITON_MLA_SPARSE_DUMP"):
             _be_eager(vllm_config, "VLLM_TRITON_MLA_SPARSE_DUMP=1")
+        cuda_graphs.note_what_is_open(vllm_config)
 
     @classmethod
     def support_deep_gemm(cls) -> bool:
@@ -78,6 +79,8 @@ class Sm12xPlatform(CudaPlatform):  # type: ignore[valid-type, misc]
         """Choose the worker, then let vLLM check. Raises ValueError."""
         _choose_worker(vllm_config)
         super().check_and_update_config(vllm_config)
+        for step in startup.graphs_decided:
+            step(vllm_config)
 
 
 def _uses_our_attention(vllm_config: Any) -> bool:

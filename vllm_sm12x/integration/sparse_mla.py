@@ -17,8 +17,8 @@ from vllm_sm12x import knobs
 from vllm_sm12x.integration import providers, selection
 from vllm_sm12x.integration.dump import dump_and_abort
 from vllm_sm12x.integration.indexer import IndexerCache, SparseIndexer, as_if_deep_gemm
+from vllm_sm12x.integration.launch_variants import launch_policy
 from vllm_sm12x.ops import sparse_mla
-from vllm_sm12x.ops.sparse_mla.config import LaunchPolicy
 from vllm_sm12x.vllm_api.fp8_linear import scale_of
 from vllm_sm12x.vllm_api.sparse_mla import (
     BUILDER_GIVES_PREFILL_SLOTS,
@@ -176,11 +176,7 @@ class TritonMlaSparseAttention(BreakableAttention):
         )
         if self.on_sm12x_path and self.indexer is not None:
             _take_over_selection(self.indexer, vllm_config)
-        self.policy = LaunchPolicy(
-            head_block=knobs.get("VLLM_TRITON_MLA_SPARSE_HEAD_BLOCK_SIZE"),
-            topk_chunk=knobs.get("VLLM_TRITON_MLA_SPARSE_TOPK_CHUNK_SIZE"),
-            query_chunk=knobs.get("VLLM_TRITON_MLA_SPARSE_QUERY_CHUNK_SIZE"),
-        )
+        self.policy = launch_policy()
         self.dump_path = (
             knobs.get("VLLM_TRITON_MLA_SPARSE_DUMP_PATH")
             if knobs.get("VLLM_TRITON_MLA_SPARSE_DUMP")

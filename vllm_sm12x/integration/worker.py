@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's GPU worker with a step before the model is built."""
+"""vLLM's GPU worker, with steps before the model is built and when it is ready to serve."""
 
 from typing import Any
 
@@ -14,3 +14,12 @@ class Sm12xWorker(Worker):
         for step in startup.before_model:
             step(self.vllm_config)
         super().load_model(*args, **kwargs)
+
+    def compile_or_warm_up_model(self) -> Any:
+        """vLLM's last step before it reports ready."""
+        for prepare in startup.before_capture:
+            prepare(self)
+        times = super().compile_or_warm_up_model()
+        for step in startup.ready:
+            step()
+        return times

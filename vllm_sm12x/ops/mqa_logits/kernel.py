@@ -8,7 +8,11 @@ HEAD_DIM = tl.constexpr(128)
 
 
 # Sizes that change from call to call: specialising on them would only compile more variants.
-@triton.jit(do_not_specialize=["num_rows", "num_keys"])
+# Limits are read one number at a time, and begin at any row of the batch.
+@triton.jit(
+    do_not_specialize=["num_rows", "num_keys"],
+    do_not_specialize_on_alignment=["ks_ptr", "ke_ptr"],
+)
 def mqa_logits_kernel(
     q_ptr,
     k_ptr,

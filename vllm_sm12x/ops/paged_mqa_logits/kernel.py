@@ -19,7 +19,11 @@ HEAD_DIM = tl.constexpr(128)
 
 
 # Sizes that change from call to call: specialising on them would only compile more variants.
-@triton.jit(do_not_specialize=["num_columns", "table_width", "lens_stride", "table_stride"])
+# So would the alignment of what is read one number at a time and begins at any request.
+@triton.jit(
+    do_not_specialize=["num_columns", "table_width", "lens_stride", "table_stride"],
+    do_not_specialize_on_alignment=["context_lens_ptr", "block_table_ptr"],
+)
 def paged_mqa_logits_kernel(
     q_ptr,
     cache_ptr,

@@ -74,9 +74,11 @@ def _part_row(query_start_loc_ptr, request, part_start, part_rows):
     return tl.maximum(tl.minimum(row, part_rows), 0)
 
 
-# Sizes that change from call to call: specialising on them would only compile more variants.
+# Sizes that change from call to call: specialising on them would only compile more variants. So
+# would the alignment of what is read one number at a time and begins at any request.
 @triton.jit(
-    do_not_specialize=["part_start", "part_rows", "num_requests", "table_width", "table_stride"]
+    do_not_specialize=["part_start", "part_rows", "num_requests", "table_width", "table_stride"],
+    do_not_specialize_on_alignment=["query_start_loc_ptr", "lens_ptr", "block_table_ptr"],
 )
 def paged_mqa_topk_kernel(
     q_ptr,

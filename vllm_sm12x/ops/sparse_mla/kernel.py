@@ -39,6 +39,9 @@ _RUNTIME_SIZES = [
     "table_stride",
     "num_splits",
 ]
+# Read one number at a time. A prefill's begin wherever the decodes of its batch end, and knowing
+# that they are aligned would only compile more variants.
+_SCALAR_LOADS = ["swa_lens_ptr", "extra_lens_ptr", "table_ptr", "request_ids_ptr"]
 
 
 # Two words of bf16 pairs from a word of four e4m3 and a scale. Exact: e4m3 has 4 significant bits,
@@ -223,7 +226,7 @@ def _place(head_blocks, num_heads, BLOCK_H: tl.constexpr, AGAIN: tl.constexpr):
     return (block // head_blocks).to(tl.int64), h, h < num_heads
 
 
-@triton.jit(do_not_specialize=_RUNTIME_SIZES)
+@triton.jit(do_not_specialize=_RUNTIME_SIZES, do_not_specialize_on_alignment=_SCALAR_LOADS)
 def sparse_mla_kernel(
     q_ptr,
     swa_ptr,
