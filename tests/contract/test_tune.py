@@ -480,7 +480,7 @@ def test_a_worker_goes_on_without_a_row_that_only_brings_speed(monkeypatch, opti
 
     (row,) = fp8_tuning.ROWS
     assert row.optional
-    moved = Outcome(dataclasses.replace(row, optional=speed_only), State.DRIFTED, "it moved")
+    moved = Outcome(dataclasses.replace(row, optional=optional), State.DRIFTED, "it moved")
     monkeypatch.setattr(changes, "apply_all", lambda phase: (moved,))
     monkeypatch.setattr(selection, "choose", lambda config: mock.Mock(ours=True, why="SM12x"))
     monkeypatch.setattr(selection, "serves", lambda config: True)

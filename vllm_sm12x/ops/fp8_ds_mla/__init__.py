@@ -117,6 +117,6 @@ def check_packed_cache(name: str, cache: torch.Tensor) -> None:
         )
     if cache.stride(0) % 4 or cache.data_ptr() % 4:
         raise ValueError(
-            f"{name}: pages must start at multiples of 4 bytes (rows are read in 32-bit words), got "
-            f"data_ptr {cache.data_ptr():#x} and page stride {cache.stride(0)}"
+            f"{name}: pages must start at multiples of 4 bytes (rows are read in 32-bit words), "
+            f"got data_ptr {cache.data_ptr():#x} and page stride {cache.stride(0)}"
         )
