@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of everything that the plugin changes in vLLM, and this process's state of it."""
 
-from vllm_sm12x.changes import attention, host, hyper_connections, model
+from vllm_sm12x.changes import attention, host, hyper_connections, kernels, model
 from vllm_sm12x.changes.change import Applied, Change
 
 CHANGES: tuple[Change, ...] = (
@@ -9,6 +9,7 @@ CHANGES: tuple[Change, ...] = (
     *attention.ROWS,
     *model.ROWS,
     *hyper_connections.ROWS,
+    *kernels.ROWS,
 )
 
 _process = Applied(CHANGES)
