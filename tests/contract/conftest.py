@@ -238,3 +238,16 @@ def vllm_files() -> VllmFiles:
 @pytest.fixture(scope="session")
 def vllm_version() -> tuple[int, ...]:
     return tuple(int(part) for part in metadata.version("vllm").split(".")[:2])
+
+
+@pytest.fixture(scope="session")
+def not_active(vllm_version: tuple[int, ...]) -> dict[str, str]:
+    """The states of the changes that this vLLM does not need on an SM12x GPU without nvcc."""
+    states = {
+        "nvfp4.cudnn": "not needed",  # every pin's FlashInfer has the flags
+        # Where the user can choose, persistent_topk does not abort any more.
+        "indexer.top_k": "not needed" if vllm_version >= (0, 30) else "not for this vLLM",
+    }
+    if vllm_version < (0, 24):
+        states["deep_gemm.gate"] = "not needed"  # it takes none on SM12x anyway
+    return states

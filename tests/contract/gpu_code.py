@@ -54,22 +54,33 @@ def extension(file: Path, sources: Sequence[Sequence[str]], constant: bytes = b"
 
 
 def flashinfer_package(site: Path, left_out: str = "", of_header: str = "") -> Path:
-    """A package `flashinfer` of the installed one's build files, without some of their text."""
+    """A package `flashinfer` of links to the installed one, whose build files lack some text."""
     spec = importlib.util.find_spec("flashinfer")
     assert spec and spec.origin, "every pin asks for FlashInfer"
     real, package = Path(spec.origin).parent, site / "flashinfer"
     header = "data/cutlass/include/cutlass/arch/grid_dependency_control.h"
+    site.mkdir(exist_ok=True)
+    package.symlink_to(real)
     for name, without in (
         ("jit/core.py", ""),
         ("jit/gemm/core.py", left_out),
         (header, of_header),
     ):
         text = (real / name).read_text()
-        if without:
-            assert without in text
-            text = text.replace(without, "")
-        target = package / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text)
-    (package / "__init__.py").touch()
+        assert without in text
+        _own_folder(package, (package / name).parent)
+        (package / name).unlink()
+        (package / name).write_text(text.replace(without, "") if without else text)
     return package
+
+
+def _own_folder(package: Path, folder: Path) -> None:
+    """Turn links on the way to a folder into folders of links."""
+    if folder != package:
+        _own_folder(package, folder.parent)
+    if folder.is_symlink():
+        there = folder.readlink()
+        folder.unlink()
+        folder.mkdir()
+        for entry in there.iterdir():
+            (folder / entry.name).symlink_to(entry)

@@ -104,7 +104,7 @@ class TestTable:
     def test_budget_of_deep_changes(self):
         """Raise a number only with a reason: each of these can break with any vLLM release."""
         kinds = [change.kind for change in CHANGES]
-        assert kinds.count(Kind.WRAP) <= 4
+        assert kinds.count(Kind.WRAP) <= 5, "moe.marlin: vLLM has no order of backends to set"
         assert kinds.count(Kind.REPLACE) <= 1, "hyper-connections are functions, called by name"
 
     @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.name)

@@ -177,18 +177,11 @@ def test_a_probe_that_fails_leaves_the_others(machine, monkeypatch, capsys):
 
 @pytest.mark.contract
 @pytest.mark.parametrize("capability, name", [("12.0", "RTX"), ("12.1", "NVIDIA GB10")])
-def test_every_change_that_vllm_needs_is_active_on_sm12x(host, vllm_version, capability, name):
+def test_every_change_that_vllm_needs_is_active_on_sm12x(host, not_active, capability, name):
     """In the doctor's own process, with real vLLM: both phases, each with its evidence.
 
     The machine has no nvcc, so that the row that needs its absence is active too.
     """
-    not_active = {
-        "nvfp4.cudnn": "not needed",  # every pin's FlashInfer has the flags
-        # Where the user can choose, persistent_topk does not abort any more.
-        "indexer.top_k": "not needed" if vllm_version >= (0, 30) else "not for this vLLM",
-    }
-    if vllm_version < (0, 24):
-        not_active["deep_gemm.gate"] = "not needed"  # it takes none on SM12x anyway
     gpu = {**RTX, "FAKE_NVML_CAPABILITY": capability, "FAKE_NVML_NAME": name}
     run = host.command([*DOCTOR, "--json"], gpu=gpu, env={"CUDA_HOME": "/nowhere"})
     facts = json.loads(run.stdout)
