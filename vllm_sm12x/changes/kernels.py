@@ -36,7 +36,7 @@ def _nvfp4_is_left_to_us(context: Context) -> Verdict:
     for name in envs.NVFP4_CHOICES:
         if envs.value_of(name):
             return Verdict(False, f"{name} is set")
-    disabled = envs.value_of(envs.DISABLED_KERNELS)
+    disabled = envs.value_of(envs.DISABLED_KERNELS) or []
     if nvfp4_linear.CUDNN_KERNEL in disabled:
         return Verdict(False, f"{envs.DISABLED_KERNELS}={','.join(disabled)} is set")
     cutlass = nvfp4_linear.cutlass_is_sound(_capability(context))

@@ -120,6 +120,8 @@ def _fat_binaries(extension: Path, data: mmap.mmap, start: int, end: int) -> Ite
     position = start
     # Zeros align one fat binary behind the other.
     while (position := data.find(_FAT_BINARY_MAGIC, position, end)) >= 0:
+        if position + _FAT_BINARY.size > end:
+            raise NotReadable(f"{extension} has a fat binary that ends within its header")
         _, version, header, size = _FAT_BINARY.unpack_from(data, position)
         stop = position + header + size
         if version != 1 or header < _FAT_BINARY.size or stop > end:

@@ -50,7 +50,7 @@ def cutlass_is_sound(capability: tuple[int, int]) -> Finding:
             *_strings_of(folder / "jit" / "gemm" / "core.py", _GENERATOR),
             *_strings_of(folder / "jit" / "core.py", _BUILDER),
         ]
-        header = (folder / _HEADER).read_text()
+        header = (folder / _HEADER).read_text(encoding="utf-8")
     except (OSError, LookupError, SyntaxError) as error:
         return Finding(None, f"the flags of FlashInfer {version} cannot be read: {error}")
     macro = _macro_for(header, capability)
@@ -113,7 +113,7 @@ def _strings_of(module: Path, function: str) -> Iterator[str]:
     Raises LookupError where the module has no such function, SyntaxError, and OSError.
     """
     top: dict[str, ast.AST] = {}
-    for statement in ast.parse(module.read_text(), module.name).body:
+    for statement in ast.parse(module.read_text(encoding="utf-8"), module.name).body:
         if isinstance(statement, ast.FunctionDef):
             top[statement.name] = statement
         elif isinstance(statement, ast.Assign):
