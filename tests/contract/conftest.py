@@ -246,6 +246,11 @@ def settled(vllm_version: tuple[int, ...]) -> dict[str, str]:
     from vllm_sm12x.changes import CHANGES
 
     states = {change.name: "active" for change in CHANGES}
+    states["nvfp4.cudnn"] = "not needed"  # every pin's FlashInfer has the flags
+    # Where the user can choose, persistent_topk does not abort any more.
+    states["indexer.top_k"] = "not needed" if vllm_version >= (0, 30) else "not for this vLLM"
+    if vllm_version < (0, 24):
+        states["deep_gemm.gate"] = "not needed"  # it takes none on SM12x anyway
     if vllm_version >= (0, 33):
         states["ray.timeout"] = "not needed"  # its Ray executor compiles no graph
     return states

@@ -276,6 +276,11 @@ UNSERVED = {
         ["mqa_logits and paged_mqa_logits have no provider for an FP4 indexer cache", "FP8",
          f'leave "{next(iter(FP4_KEYS))}"'],
     ),
+    "FP4 indexer cache of vLLM's own layers": (
+        {"VLLM_TRITON_MLA_SPARSE": "0"}, ["--attention-config", json.dumps(FP4_KEYS)],
+        ["an FP4 indexer cache", "vLLM's own layers on SM12x",
+         f'leave "{next(iter(FP4_KEYS))}"'],
+    ),
     "prefill context parallelism": (
         {}, ["--prefill-context-parallel-size", "2"],
         ["--prefill-context-parallel-size 2", "does not merge across ranks", "allowed is 1"],

@@ -105,8 +105,9 @@ class TestTable:
         """Raise a number only with a reason: each of these can break with any vLLM release."""
         kinds = [change.kind for change in CHANGES]
         # Four for DeepSeek V4; one reads ahead, and needs the loader's progress; one answers a
-        # GEMM's question; graph_warm_up: vLLM #39483 is open, with no hook.
-        assert kinds.count(Kind.WRAP) <= 7
+        # GEMM's question; graph_warm_up: vLLM #39483 is open, with no hook; moe.marlin: vLLM has no
+        # order of backends to set.
+        assert kinds.count(Kind.WRAP) <= 8
         assert kinds.count(Kind.REPLACE) <= 1, "hyper-connections are functions, called by name"
 
     @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.name)

@@ -133,8 +133,7 @@ from vllm.model_executor.layers.fused_moe.config import (
 )
 from vllm.model_executor.layers.fused_moe.oracle.mxfp4 import select_deepseek_v4_mxfp4_moe_backend
 
-def backend_of(*flags):
-    config = served_config(MODEL, "--kv-cache-dtype", "fp8", "--block-size", "256", *flags)
+def experts_of(config):
     model = config.model_config.hf_config
     arguments = {
         "num_experts": model.n_routed_experts,
@@ -157,8 +156,12 @@ def backend_of(*flags):
         del arguments["intermediate_size_per_partition"]
     else:
         del arguments["intermediate_size"]
+    return FusedMoEConfig(**arguments)
+
+def backend_of(*flags):
+    config = served_config(MODEL, "--kv-cache-dtype", "fp8", "--block-size", "256", *flags)
     with set_current_vllm_config(config):
-        return select_deepseek_v4_mxfp4_moe_backend(FusedMoEConfig(**arguments))[0].name
+        return select_deepseek_v4_mxfp4_moe_backend(experts_of(config))[0].name
 """
 
 

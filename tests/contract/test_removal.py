@@ -48,6 +48,18 @@ def fp4_keys_have_no_flag_of_their_own():
     return "use_fp4_indexer_cache" not in fields
 
 
+def nvfp4_kernels_have_no_variable_of_their_own():
+    from vllm.envs import environment_variables
+
+    return "VLLM_NVFP4_GEMM_BACKEND" not in environment_variables
+
+
+def mxfp4_experts_have_no_variable_of_their_own():
+    from vllm.envs import environment_variables
+
+    return "VLLM_MXFP4_USE_MARLIN" not in environment_variables
+
+
 def prefill_logits_are_compressed():
     from vllm_sm12x.vllm_api import deep_gemm
 
@@ -88,6 +100,8 @@ PROBES = {
     ("compilation", "0.32"): [there_is_no_sequence_parallelism_pass],
     ("config", "0.30"): [fp4_keys_have_no_flag_of_their_own],
     ("deep_gemm", "0.33"): [prefill_logits_are_compressed, paged_logits_are_never_cleaned],
+    ("envs", "0.24"): [nvfp4_kernels_have_no_variable_of_their_own],
+    ("envs", "0.26"): [mxfp4_experts_have_no_variable_of_their_own],
     ("hyper_connections", "0.26"): [first_layer_expands_the_embedding],
     ("hyper_connections", "0.30"): [layers_register_tilelang_kernels],
     ("ray", "0.33"): [ray_compiles_no_graph],

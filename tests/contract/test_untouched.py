@@ -12,6 +12,7 @@ def applied(host):
     return host(
         """
 import vllm.entrypoints.cli.serve
+import vllm.model_executor.layers.fused_moe.oracle.mxfp4
 import vllm.models.deepseek_v4.nvidia.model
 import vllm.v1.engine.core
 import vllm.v1.worker.gpu_worker

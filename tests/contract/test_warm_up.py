@@ -210,7 +210,7 @@ def capture(mode):
     batch = SimpleNamespace(num_tokens=2, uniform=True, num_active_loras=0)
     with mock.patch.object(torch.accelerator, "synchronize", lambda *_: None):
         graph_capture.GPUModelRunner._warmup_and_capture(
-            runner, batch, graph_capture.CUDAGraphMode[mode]
+            runner, batch, cudagraph_runtime_mode=graph_capture.CUDAGraphMode[mode]
         )
     return list(captures), "_dummy_run" in vars(runner)
 

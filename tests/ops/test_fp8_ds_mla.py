@@ -43,8 +43,8 @@ def test_page_bytes_are_vllms(block, expected):
 def test_round_trip_is_within_half_an_e4m3_step(blocks, block, pad, magnitude, seed):
     gen = torch.Generator().manual_seed(seed)
     rows = (torch.randn(blocks, block, 512, generator=gen) * 2.0**magnitude).to(torch.bfloat16)
-    cache = pack_fp8_ds_mla(rows, page_bytes=block * 584 + 2 * pad)
-    assert cache.shape == (blocks, block, 584) and cache.stride() == (block * 584 + 2 * pad, 584, 1)
+    cache = pack_fp8_ds_mla(rows, page_bytes=block * 584 + 4 * pad)
+    assert cache.shape == (blocks, block, 584) and cache.stride() == (block * 584 + 4 * pad, 584, 1)
     back = unpack_fp8_ds_mla(cache)
     assert torch.equal(back[..., 448:], rows[..., 448:].float())
     tiles = rows[..., :448].float().unflatten(-1, (7, 64))

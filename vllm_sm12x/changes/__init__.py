@@ -20,6 +20,7 @@ CHANGES: tuple[Change, ...] = (
     *loading.ROWS,
     *fp8_tuning.ROWS,
     *readiness.ROWS,
+    *kernels.ROWS,
 )
 
 _process = Applied(CHANGES)

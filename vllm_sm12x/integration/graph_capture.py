@@ -8,15 +8,19 @@ from vllm_sm12x.vllm_api.graph_capture import CUDAGraphMode
 
 
 def warm_up_as_captured(
-    original: Callable[..., Any], runner: Any, batch: Any, mode: Any, *args: Any, **kwargs: Any
+    original: Callable[..., Any],
+    runner: Any,
+    batch: Any,
+    cudagraph_runtime_mode: Any,
+    **kwargs: Any,
 ) -> Any:
     """Give the dummy runs before a FULL capture the attention metadata that the capture gets.
 
     vLLM builds it in another way, by which the kernels of speculative tokens are not launched, and
     compile inside the capture, which CUDA forbids.
     """
-    if mode != CUDAGraphMode.FULL:
-        return original(runner, batch, mode, *args, **kwargs)
+    if cudagraph_runtime_mode != CUDAGraphMode.FULL:
+        return original(runner, batch, cudagraph_runtime_mode, **kwargs)
     plain, own = runner._dummy_run, vars(runner).get("_dummy_run")
 
     def dummy_run(*run_args: Any, **run_kwargs: Any) -> Any:
@@ -26,7 +30,7 @@ def warm_up_as_captured(
 
     runner._dummy_run = dummy_run
     try:
-        return original(runner, batch, mode, *args, **kwargs)
+        return original(runner, batch, cudagraph_runtime_mode, **kwargs)
     finally:
         if own is None:
             del runner._dummy_run

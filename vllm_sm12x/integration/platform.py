@@ -6,12 +6,12 @@ vLLM calls `apply_config_platform_defaults` before it fixes CUDA-graph sizes, an
 """
 
 import logging
-from typing import Any
+from typing import Any, ClassVar
 
 from vllm_sm12x import knobs
 from vllm_sm12x.integration import cuda_graphs, providers, selection, startup
 from vllm_sm12x.log import get_logger, once, say_what_waited
-from vllm_sm12x.vllm_api.config import current_config, fp4_indexer_option
+from vllm_sm12x.vllm_api.config import current_config, fp4_indexer_option, selects_keys
 from vllm_sm12x.vllm_api.platform import CudaPlatform, resolve_class
 
 WORKER_PATH = "vllm_sm12x.integration.worker.Sm12xWorker"
@@ -30,6 +30,9 @@ logger = get_logger(__name__)
 class Sm12xPlatform(CudaPlatform):  # type: ignore[valid-type, misc]
     """CudaPlatform, and what DeepSeek V4 needs when TRITON_MLA_SPARSE serves it."""
 
+    # Set by the change deep_gemm.gate.
+    gates_deep_gemm: ClassVar[bool] = False
+
     @classmethod
     def apply_config_platform_defaults(cls, vllm_config: Any) -> None:
         """Refuse what cannot work, then fill in the defaults that the user left open.
@@ -38,6 +41,10 @@ class Sm12xPlatform(CudaPlatform):  # type: ignore[valid-type, misc]
         """
         say_what_waited()
         super().apply_config_platform_defaults(vllm_config)
+        for fill_in in startup.config_defaults:
+            fill_in(vllm_config)
+        if providers.on_sm12x_path():
+            _check_indexer_keys(vllm_config)
         ours = _uses_our_attention(vllm_config)
         if selection.serves(vllm_config) and providers.on_sm12x_path():
             if ours:
@@ -65,7 +72,7 @@ class Sm12xPlatform(CudaPlatform):  # type: ignore[valid-type, misc]
         instead. A DeepSeek V4 layer of vLLM's own needs what vLLM decides; other models get
         DeepGEMM where it can compile a kernel for SM12x.
         """
-        if not providers.on_sm12x_path():
+        if not (cls.gates_deep_gemm and providers.on_sm12x_path()):
             return super().support_deep_gemm()
         vllm_config = current_config()
         if vllm_config is None:
@@ -106,15 +113,24 @@ def _our_layer_is_built(vllm_config: Any) -> bool:
     return selection.choose(vllm_config).ours and ours and not left_out
 
 
+def _check_indexer_keys(vllm_config: Any) -> None:
+    """Refuse an FP4 indexer cache before weights load, with our attention or vLLM's.
+
+    vLLM's own kernels take it on SM10x only, and it says so when the cache is laid out.
+    """
+    model_config = vllm_config.model_config
+    fp4_option = fp4_indexer_option(vllm_config.attention_config)
+    if fp4_option is None or model_config is None or not selects_keys(model_config):
+        return
+    raise ValueError(
+        "The ops mqa_logits and paged_mqa_logits have no provider for an FP4 indexer cache: "
+        f"{selection.NAME} reads FP8 keys with either provider, and so do vLLM's own layers on "
+        f"SM12x; leave {fp4_option} out of --attention-config."
+    )
+
+
 def _check_ops(vllm_config: Any) -> None:
     """Refuse what no provider of our layer's ops can do, before weights load."""
-    fp4_option = fp4_indexer_option(vllm_config.attention_config)
-    if fp4_option is not None:
-        raise ValueError(
-            "The ops mqa_logits and paged_mqa_logits have no provider for an FP4 indexer cache: "
-            f"{selection.NAME} reads FP8 keys with either provider; leave {fp4_option} out of "
-            "--attention-config."
-        )
     parallel_config = vllm_config.parallel_config
     for option in ("prefill_context_parallel_size", "decode_context_parallel_size"):
         ranks = getattr(parallel_config, option)

@@ -19,3 +19,15 @@ def fp4_indexer_option(attention_config: Any) -> str | None:
     if getattr(attention_config, "indexer_kv_dtype", None) == "mxfp4":
         return '"indexer_kv_dtype": "mxfp4"'
     return None
+
+
+def new_kernel_config() -> Any:
+    """A KernelConfig as it is where the user gives no flag."""
+    from vllm.config.kernel import KernelConfig
+
+    return KernelConfig()
+
+
+def selects_keys(model_config: Any) -> bool:
+    """Whether the model has a sparse indexer, by the field that vLLM asks for too."""
+    return hasattr(model_config.hf_text_config, "index_topk")

@@ -1,9 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's table of environment variables."""
+"""vLLM's table of environment variables, and which of them choose a kernel."""
 
 from pathlib import Path
+from typing import Any
 
 from vllm.envs import environment_variables
+
+# What chooses among NVFP4 linear kernels, besides the flags.
+NVFP4_CHOICES = (
+    "VLLM_BATCH_INVARIANT",
+    # until: vllm>=0.24, which has the flags alone.
+    "VLLM_NVFP4_GEMM_BACKEND",
+    "VLLM_USE_FBGEMM",
+    "VLLM_USE_NVFP4_CT_EMULATIONS",
+)
+DISABLED_KERNELS = "VLLM_DISABLED_KERNELS"
+USE_DEEP_GEMM = "VLLM_USE_DEEP_GEMM"
+# until: vllm>=0.26, which has --moe-backend alone.
+MXFP4_USE_MARLIN = "VLLM_MXFP4_USE_MARLIN"
+
+
+def value_of(name: str) -> Any:
+    """What vLLM reads of a variable, None where this vLLM has none of that name."""
+    return environment_variables.get(name, lambda: None)()
 
 
 def config_root() -> Path:
@@ -17,4 +36,13 @@ def tuned_config_folder() -> Path | None:
     return Path(folder) if folder else None
 
 
-__all__ = ["config_root", "environment_variables", "tuned_config_folder"]
+__all__ = [
+    "DISABLED_KERNELS",
+    "MXFP4_USE_MARLIN",
+    "NVFP4_CHOICES",
+    "USE_DEEP_GEMM",
+    "config_root",
+    "environment_variables",
+    "tuned_config_folder",
+    "value_of",
+]

@@ -60,9 +60,9 @@ def top_k_of_decode(
     """Write each row's positions of the largest scores below its length.
 
     By vLLM's kernel of one block a row (from 200,000 columns on of ten, which take 80 bytes of
-    memory for each row and selected key). Its persistent kernel, which stock vLLM takes, falls back
-    to one with 128 KiB of shared memory when it is given more rows than fit the GPU at a time, and
-    no SM12x multiprocessor has that (vLLM #45317).
+    memory for each row and selected key). Its persistent kernel, which stock vLLM takes, fell back
+    to one with 128 KiB of shared memory when it was given more than fits the GPU at a time, and no
+    SM12x multiprocessor has that (vLLM #45317); now it falls back to this one (#54110, in 0.30).
     """
     rows, top_k = indices.shape
     _custom_ops.top_k_per_row_decode(
