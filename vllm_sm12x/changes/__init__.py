@@ -6,6 +6,7 @@ from vllm_sm12x.changes import (
     fp8_tuning,
     host,
     hyper_connections,
+    kernels,
     loading,
     model,
     readiness,
