@@ -57,6 +57,7 @@ class TestSizes:
 
 
 CASES = """
+import inspect
 import os
 from types import SimpleNamespace
 from unittest import mock
@@ -95,9 +96,10 @@ def on_v2(config, query_len):
             config, torch.device("cpu"), config.compilation_config.cudagraph_mode, query_len
         )
     manager._graphs_captured = True
-    extra = len(manager.dispatch.__code__.co_varnames[: manager.dispatch.__code__.co_argcount]) - 4
+    known = inspect.signature(manager.dispatch).parameters
+    more = {"num_active_loras": 0} if "num_active_loras" in known else {}
     def dispatch(requests):
-        found = manager.dispatch(requests, requests * query_len, query_len, *[0] * max(0, extra))
+        found = manager.dispatch(requests, requests * query_len, query_len, **more)
         return [found.cg_mode.name, found.num_tokens, found.num_reqs]
     return [dispatch(r) for r in range(1, config.scheduler_config.max_num_seqs + 1)]
 
