@@ -71,12 +71,26 @@ def layers_register_tilelang_kernels():
     return importlib.util.find_spec(helper) is not None
 
 
+def layers_can_do_without_warm_up():
+    from vllm.config.kernel import KernelConfig
+
+    return "enable_jit_warmup" in {field.name for field in dataclasses.fields(KernelConfig)}
+
+
+def caches_are_planned_apart():
+    from vllm_sm12x.vllm_api import kv_cache
+
+    return kv_cache.PLANS_APART
+
+
 # What a release has that makes the branch superfluous, by module and release of its comment.
 PROBES = {
     ("config", "0.30"): [fp4_keys_have_no_flag_of_their_own],
     ("deep_gemm", "0.33"): [prefill_logits_are_compressed, paged_logits_are_never_cleaned],
+    ("dry_build", "0.32"): [layers_can_do_without_warm_up],
     ("hyper_connections", "0.26"): [first_layer_expands_the_embedding],
     ("hyper_connections", "0.30"): [layers_register_tilelang_kernels],
+    ("kv_cache", "0.33"): [caches_are_planned_apart],
     ("sparse_mla", "0.24"): [builder_gives_prefill_slots],
     ("sparse_mla", "0.33"): [layers_break_graphs_switched_on_later],
 }

@@ -5,6 +5,7 @@
 device which kernels and caches it has. Elsewhere sizes come from the checkpoint's own headers.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,6 @@ from vllm_sm12x.preflight import kv_cache, memory, weights
 from vllm_sm12x.preflight.checkpoint import Checkpoint, CheckpointError, read
 from vllm_sm12x.preflight.recipes import RECIPES, serve_line
 
-# How far vLLM's own parameters may be from the headers' sum before it is said.
-TOLERANCE = 0.03
 _LENGTH_STEP = 256
 
 
@@ -150,16 +149,19 @@ def _with_vllm(
         facts["dry_build"] = f"{type(error).__name__}: {error}"
         return settings, config, None
     facts["dry_build"] = None
-    facts["parts"] += [
-        {"part": "attention layers", "choice": ", ".join(stages[-1].attention), "why": "vLLM built"}
-    ]
-    kernels: dict[str, int] = {}
+    facts["parts"].append(
+        {
+            "part": "caches",
+            "choice": ", ".join(stages[-1].attention),
+            "why": "the layers of vLLM's model that have one",
+        }
+    )
+    kernels: Counter[tuple[str, str]] = Counter()
     for stage in stages:
-        for layer, count in stage.kernels.items():
-            kernels[layer] = kernels.get(layer, 0) + count
-    for layer, count in kernels.items():
-        part, _, kernel = layer.partition(": ")
-        facts["parts"].append({"part": part, "choice": kernel, "why": f"vLLM's in {count} layers"})
+        kernels.update(stage.kernels)
+    for (part, kernel), count in kernels.items():
+        why = f"vLLM's choice in {count} layers, with the changes above in force"
+        facts["parts"].append({"part": part, "choice": kernel, "why": why})
     facts["built_bytes_by_stage"] = [stage.parameters + stage.buffers for stage in stages]
     facts["page_bytes"] = [stage.page_bytes for stage in stages]
     return settings, config, stages

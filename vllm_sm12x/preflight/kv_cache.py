@@ -52,7 +52,7 @@ def caches(config: dict[str, Any], layers: range | None = None) -> list[Cache]:
 
 
 def bytes_per_token(config: dict[str, Any]) -> float:
-    """What one more token of context adds to one rank's caches, on average. TP does not divide it."""
+    """What a token of context adds to the caches of each tensor-parallel rank, on average."""
     return sum(cache.page / cache.tokens for cache in caches(config) if cache.window is None)
 
 

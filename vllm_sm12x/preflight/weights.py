@@ -13,6 +13,7 @@ RULES = (
     "layers are split over pipeline stages as vLLM splits them; the embedding is on the first "
     "stage, the head on the last",
     "the MTP layer is not built without --speculative-config",
+    "tables of hash routing are stored as int64 and held as int32",
     "each rank adds vLLM's two tables of rotary embeddings, max_position_embeddings x "
     "qk_rope_head_dim in fp32",
 )
@@ -41,6 +42,8 @@ def by_stage(checkpoint: Checkpoint, tensor_ranks: int, stages: int) -> list[int
             continue
         if layer is not None:
             share = tensor_ranks if _SHARDED.search(layer[2]) else 1
+            if tensor.dtype == "I64":
+                share *= 2
             totals[stage_of[int(layer[1])]] += tensor.nbytes / share
         elif name.endswith(("embed.weight", "head.weight")):
             stage = 0 if name.endswith("embed.weight") else stages - 1

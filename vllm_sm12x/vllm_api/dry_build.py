@@ -28,7 +28,7 @@ class Stage:
 
     parameters: int
     buffers: int
-    kernels: dict[str, int]  # "layer class: kernel", and how many layers have it
+    kernels: dict[tuple[str, str], int]  # ("experts" or "linear layers", kernel): layers with it
     attention: tuple[str, ...]  # the classes of the attention layers with a cache
     specs: dict[str, Any]  # vLLM's KVCacheSpec of each layer that has a cache
 
@@ -72,32 +72,29 @@ def build(vllm_config: Any, tensor_parallel_size: int, pipeline_parallel_size: i
 
 
 def _describe(model: Any, layers: dict[str, Any], vllm_config: Any) -> Stage:
-    caches = {
-        name: layer for name, layer in layers.items() if isinstance(layer, AttentionLayerBase)
-    }
-    specs = {name: layer.get_kv_cache_spec(vllm_config) for name, layer in caches.items()}
-    kernels: Counter[str] = Counter()
-    for module in model.modules():
-        method = getattr(module, "quant_method", None)
-        kernel = _kernel_of(method)
-        if kernel is not None:
-            kernels[f"{type(module).__name__}: {kernel}"] += 1
+    caches = [(name, one) for name, one in layers.items() if isinstance(one, AttentionLayerBase)]
+    specs = {name: layer.get_kv_cache_spec(vllm_config) for name, layer in caches}
+    kernels = Counter(
+        kernel
+        for module in model.modules()
+        if (kernel := _kernel_of(getattr(module, "quant_method", None))) is not None
+    )
     return Stage(
         parameters=_bytes(model.parameters()),
         buffers=_bytes(model.buffers()),
         kernels=dict(kernels),
-        attention=tuple(sorted({type(layer).__name__ for layer in caches.values()})),
+        attention=tuple(sorted({type(layer).__name__ for _, layer in caches})),
         specs={name: spec for name, spec in specs.items() if spec is not None},
     )
 
 
-def _kernel_of(method: Any) -> str | None:
+def _kernel_of(method: Any) -> tuple[str, str] | None:
     """The kernel that a layer's quantisation method chose when the layer was built."""
     experts = getattr(method, "experts_cls", None)
     if experts is not None:
-        return str(experts.__name__)
+        return "experts", experts.__name__
     kernel = getattr(method, "fp8_linear", None) or getattr(method, "kernel", None)
-    return None if kernel is None else type(kernel).__name__
+    return None if kernel is None else ("linear layers", type(kernel).__name__)
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -118,6 +115,7 @@ def _no_device(vllm_config: Any) -> Iterator[None]:
         _put(undo, type(current_platform), "device_type", "meta")
         for name in ("Stream", "Event"):
             _put(undo, torch.cuda, name, _Nothing)
+        # until: vllm>=0.32, whose layers always register kernels to compile before serving.
         if hasattr(vllm_config.kernel_config, "enable_jit_warmup"):
             _put(undo, vllm_config.kernel_config, "enable_jit_warmup", False)
         undo.enter_context(set_current_vllm_config(vllm_config))
