@@ -60,6 +60,7 @@ class Listen(logging.Handler):
 logging.getLogger("vllm").addHandler(Listen())
 logging.getLogger("vllm").setLevel(logging.INFO)
 memory = reports["one"]["preflight"]["memory"]["kv_cache_bytes"]
+planning.Pool(config, [stage.specs], [stage.layouts], [memory])  # which settles the layout
 (plan,) = planning._plan(config, [stage.specs], [memory])
 pages = {cache.name: cache.page for cache in kv_cache.caches(read(MODEL).config)}
 answer({

@@ -295,7 +295,10 @@ def _by_vllm(config: Any, stages: Any, budgets: list[memory.Budget], facts: Any)
     from vllm_sm12x.vllm_api.kv_cache import Pool
 
     pool = Pool(
-        config, [stage.specs for stage in stages], [budget.for_caches for budget in budgets]
+        config,
+        [stage.specs for stage in stages],
+        [stage.layouts for stage in stages],
+        [budget.for_caches for budget in budgets],
     )
     facts["memory"]["blocks"] = pool.blocks
     return pool.longest, pool.concurrency

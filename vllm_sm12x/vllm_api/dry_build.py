@@ -20,6 +20,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
+from vllm.v1.attention.backends import utils as attention_backends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Stage:
     kernels: dict[tuple[str, str], int]  # ("experts" or "linear layers", kernel): layers with it
     attention: tuple[str, ...]  # the classes of the attention layers with a cache
     specs: dict[str, Any]  # vLLM's KVCacheSpec of each layer that has a cache
+    layouts: list[str]  # of caches, that its backends support; empty where vLLM has one only
 
     @property
     def page_bytes(self) -> dict[str, int]:
@@ -85,7 +87,17 @@ def _describe(model: Any, layers: dict[str, Any], vllm_config: Any) -> Stage:
         kernels=dict(kernels),
         attention=tuple(sorted({type(layer).__name__ for _, layer in caches})),
         specs={name: spec for name, spec in specs.items() if spec is not None},
+        layouts=_layouts([layer for _, layer in caches]),
     )
+
+
+def _layouts(layers: list[Any]) -> list[str]:
+    """The names of the cache layouts that all layers' backends support, as a worker says them."""
+    # until: vllm>=0.32, whose backends always declare layouts.
+    if not hasattr(attention_backends, "get_supported_kv_cache_layouts"):
+        return []
+    backends = dict.fromkeys(layer.get_attn_backend() for layer in layers)
+    return [one.name for one in attention_backends.get_supported_kv_cache_layouts(backends)]
 
 
 def _kernel_of(method: Any) -> tuple[str, str] | None:

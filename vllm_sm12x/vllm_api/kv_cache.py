@@ -17,12 +17,25 @@ class Pool:
     """The blocks that vLLM would make of a memory, and how many requests of a length they hold."""
 
     def __init__(
-        self, vllm_config: Any, specs: Sequence[Mapping[str, Any]], memory: Sequence[int]
+        self,
+        vllm_config: Any,
+        specs: Sequence[Mapping[str, Any]],
+        layouts: Sequence[list[str]],
+        memory: Sequence[int],
     ) -> None:
-        """`specs` and `memory` (bytes for caches) by pipeline stage. Raises vLLM's ValueError."""
+        """All by pipeline stage: `memory` is bytes for caches, `layouts` what backends support.
+
+        Raises vLLM's ValueError.
+        """
         self._vllm_config = vllm_config
         self._own_length = vllm_config.model_config.max_model_len
         stages = [dict(stage) for stage in specs]
+        # until: vllm>=0.32, whose engine always resolves a layout before it plans.
+        if all(layouts):
+            from vllm.v1.attention.backends.utils import resolve_kv_cache_layout
+
+            every = [spec for stage in stages for spec in stage.values()]
+            resolve_kv_cache_layout(vllm_config, list(layouts), every)
         self._plan = self._at(_SHORT, lambda: _plan(vllm_config, stages, list(memory))[0])
         self.blocks: int = self._plan.num_blocks
 
