@@ -36,11 +36,36 @@ def main(
 @app.command()
 def doctor(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(help="A checkpoint's folder or id: what it would get here, and what fits."),
+    ] = None,
+    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="With --model.")] = 1,
+    pipeline_parallel_size: Annotated[int, typer.Option(min=1, help="With --model.")] = 1,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=1, help="With --model; else the largest that fits.")
+    ] = None,
+    gpu_memory_utilization: Annotated[
+        float | None, typer.Option(min=0.01, max=1.0, help="With --model; else vLLM's default.")
+    ] = None,
+    recipes: Annotated[
+        bool, typer.Option("--recipes", help="Add the commands that others serve with.")
+    ] = False,
 ) -> None:
     """Show what the plugin does on this machine, and why. Exit 0 healthy, 1 degraded, 2 broken."""
     from vllm_sm12x.doctor import run_doctor
+    from vllm_sm12x.preflight import Request
 
-    raise typer.Exit(run_doctor(as_json=json))
+    request = None
+    if model is not None:
+        request = Request(
+            model,
+            tensor_parallel_size,
+            pipeline_parallel_size,
+            max_model_len,
+            gpu_memory_utilization,
+        )
+    raise typer.Exit(run_doctor(as_json=json, request=request, recipes=recipes))
 
 
 @app.command()

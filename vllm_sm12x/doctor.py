@@ -5,7 +5,8 @@ Each probe is guarded: what fails becomes a line of the report. The exit status 
 
 - 0, healthy: the plugin is in force, or it leaves vLLM alone because this GPU is not SM12x;
 - 1, degraded: it can do nothing here (no GPU, no supported vLLM, or vLLM is not let load it);
-- 2, broken: a setting is wrong, torch or vLLM does not import, or a change drifted or failed.
+- 2, broken: a setting is wrong, torch or vLLM does not import, a change drifted or failed, or the
+  model of `--model` does not fit or is refused.
 """
 
 import contextlib
@@ -20,9 +21,12 @@ import warnings
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_sm12x import __version__, knobs
+
+if TYPE_CHECKING:
+    from vllm_sm12x.preflight import Request
 
 HEALTHY, DEGRADED, BROKEN = 0, 1, 2
 _HEALTH = ("healthy", "degraded", "broken")
@@ -47,9 +51,15 @@ class Report:
             self.findings.append(sentence)
 
 
-def run_doctor(*, as_json: bool = False) -> int:
-    """Examine, print, and return the exit status."""
-    report = examine()
+def run_doctor(
+    *, as_json: bool = False, request: "Request | None" = None, recipes: bool = False
+) -> int:
+    """Examine, print, and return the exit status. `request` adds a model to examine."""
+    report = examine(request)
+    if recipes:
+        from vllm_sm12x.preflight import RECIPES
+
+        report.facts["recipes"] = [vars(recipe) for recipe in RECIPES]
     facts = {
         "vllm_sm12x": __version__,
         "health": _HEALTH[report.status],
@@ -60,11 +70,16 @@ def run_doctor(*, as_json: bool = False) -> int:
     return report.status
 
 
-def examine() -> Report:
-    """Probe settings, packages, device, entry points, changes and ops; never raises."""
+def examine(request: "Request | None" = None) -> Report:
+    """Probe settings, packages, device, entry points, changes, ops and the model; never raises."""
     report = Report()
+
+    def _preflight(report: Report) -> None:
+        if request is not None:
+            _examine_model(report, request)
+
     with _quiet():
-        for probe in (_packages, _settings, _device, _entry_points, _changes, _ops):
+        for probe in (_packages, _settings, _device, _entry_points, _changes, _ops, _preflight):
             try:
                 probe(report)
             except knobs.KnobError as error:
@@ -222,6 +237,33 @@ def _ops(report: Report) -> None:
             report.find(BROKEN, row.why)
 
 
+def _examine_model(report: Report, request: "Request") -> None:
+    from vllm_sm12x import device, preflight
+    from vllm_sm12x.preflight.memory import host_memory
+
+    report.facts["preflight"] = None
+    found = device.first_visible_device()
+    there = isinstance(found, device.Device)
+    memory = (found.total_memory or host_memory()) if isinstance(found, device.Device) else None
+    unified = isinstance(found, device.Device) and found.total_memory is None
+    # vLLM makes no config without a GPU, and what is broken above would only break again.
+    ask_vllm = there and report.facts["packages"].get("vllm") and report.status < BROKEN
+    try:
+        facts, findings = preflight.examine(request, memory, unified, bool(ask_vllm))
+    except (preflight.CheckpointError, preflight.Refused) as refusal:
+        report.find(BROKEN, str(refusal))
+        return
+    report.facts["preflight"] = facts
+    for finding in findings:
+        report.find(BROKEN, finding)
+    if not ask_vllm:
+        report.find(DEGRADED, "vLLM could not be asked about the model: sizes are by its headers.")
+    elif facts["dry_build"] is not None:
+        report.find(
+            DEGRADED, f"vLLM could not build the model without weights: {facts['dry_build']}."
+        )
+
+
 def _described(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
@@ -260,9 +302,59 @@ def _as_text(facts: dict[str, Any]) -> str:
     ]
     if ops:
         ops.insert(0, ("op", "served by", "why"))
-    tables = [_columns(rows) for rows in (head, changes, ops, settings) if rows]
+    every = (head, changes, ops, settings, *_model_rows(known("preflight")))
+    tables = [_columns(rows) for rows in every if rows]
+    if "serve" in known("preflight"):
+        tables.append(facts["preflight"]["serve"])
+    tables += [_recipe(row) for row in known("recipes")]
     closing = [facts["health"], *(f"- {sentence}" for sentence in facts["findings"])]
     return "\n\n".join([*tables, "\n".join(closing)])
+
+
+def _model_rows(facts: dict[str, Any]) -> list[list[tuple[str, ...]]]:
+    """The tables of `--model`: what each part would be, and what fits."""
+    if not facts:
+        return []
+
+    def gib(size: float) -> str:
+        return f"{size / 2**30:.2f} GiB"
+
+    held = facts.get("built_bytes_by_stage") or facts["weights_bytes_by_stage"]
+    sizes: list[tuple[str, ...]] = [
+        ("model", f"{facts['model']}, {facts['architecture']}"),
+        ("checkpoint", gib(facts["checkpoint_bytes"])),
+        ("weights per GPU", ", ".join(map(gib, held))),
+        ("KV cache", f"{facts['kv_cache_bytes_per_token']:,.1f} bytes a token, on each GPU"),
+    ]
+    if memory := facts.get("memory"):
+        sizes.append(
+            (
+                "GPU memory",
+                f"{gib(memory['gpu_bytes'])}{', shared with the host' * memory['unified']}, of "
+                f"which vLLM takes {memory['gpu_memory_utilization']:.1%}; "
+                f"{gib(memory['overhead_bytes'])} beyond weights and caches is an estimate; "
+                f"{gib(memory['kv_cache_bytes'])} is left for KV caches",
+            )
+        )
+        if "longest_context" in memory:
+            sizes.append(("largest context", f"{memory['longest_context']:,} tokens"))
+        if "concurrency" in memory:
+            sizes.append(
+                (
+                    "concurrency",
+                    f"{memory['concurrency']:.2f} requests of {memory['max_model_len']:,} tokens",
+                )
+            )
+    parts: list[tuple[str, ...]] = [
+        (row["part"], row["choice"], row["why"]) for row in facts["parts"]
+    ]
+    return [parts, sizes]
+
+
+def _recipe(row: dict[str, str | None]) -> str:
+    """What was run on a machine; the command unbroken, so that it can be copied."""
+    about = _columns([(row["machine"] or "", f"{row['note']} {row['source']}")])
+    return "\n".join([about, row["command"]]) if row["command"] else about
 
 
 def _served_by(row: dict[str, Any]) -> str:

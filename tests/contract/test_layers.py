@@ -22,14 +22,18 @@ MAY_IMPORT = {
     "integration": {"integration", "vllm_api", "ops", *LEAVES},
     "changes": {"changes", "integration", "vllm_api", *LEAVES},
     "plugin": {"changes", "vllm_api", *LEAVES},
-    "doctor": {"plugin", "changes", "vllm_api", *LEAVES},
+    "preflight": {"preflight", "changes", "integration", "vllm_api", *LEAVES},
+    "doctor": {"preflight", "plugin", "changes", "vllm_api", *LEAVES},
     "demo": {"demo", "tiny_checkpoint", "ops", *LEAVES},
     "tune": {"tune", "integration", "vllm_api", *LEAVES},
-    "cli": {"doctor", "demo", "tiny_checkpoint", "tune", *LEAVES},
+    "cli": {"doctor", "preflight", "demo", "tiny_checkpoint", "tune", *LEAVES},
     "__main__": {"cli"},
 }
 # What vLLM, half imported, calls or half-dead machines run: no heavy import at the top of these.
-LIGHT = ("plugin", "knobs", "device", "log", "doctor", "changes", "cli", "__init__", "__main__")
+LIGHT = (
+    *("plugin", "knobs", "device", "log", "doctor", "preflight", "changes", "cli"),
+    *("__init__", "__main__"),
+)
 HEAVY = {"vllm", "torch", "triton", "numpy", "pynvml", "rich", "safetensors", "tokenizers"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -95,15 +95,42 @@ def there_is_no_sequence_parallelism_pass():
     return "enable_sp" not in {field.name for field in dataclasses.fields(PassConfig)}
 
 
+def layers_can_do_without_warm_up():
+    from vllm.config.kernel import KernelConfig
+
+    return "enable_jit_warmup" in {field.name for field in dataclasses.fields(KernelConfig)}
+
+
+def caches_have_a_layout_to_resolve():
+    from vllm.v1.attention.backends import utils
+
+    return hasattr(utils, "resolve_kv_cache_layout")
+
+
+def backends_declare_layouts():
+    from vllm.v1.attention.backends import utils
+
+    return hasattr(utils, "get_supported_kv_cache_layouts")
+
+
+def caches_are_planned_apart():
+    from vllm_sm12x.vllm_api import kv_cache
+
+    return kv_cache.PLANS_APART
+
+
 # What a release has that makes the branch superfluous, by module and release of its comment.
 PROBES = {
     ("compilation", "0.32"): [there_is_no_sequence_parallelism_pass],
     ("config", "0.30"): [fp4_keys_have_no_flag_of_their_own],
     ("deep_gemm", "0.33"): [prefill_logits_are_compressed, paged_logits_are_never_cleaned],
+    ("dry_build", "0.32"): [layers_can_do_without_warm_up, backends_declare_layouts],
     ("envs", "0.24"): [nvfp4_kernels_have_no_variable_of_their_own],
     ("envs", "0.26"): [mxfp4_experts_have_no_variable_of_their_own],
     ("hyper_connections", "0.26"): [first_layer_expands_the_embedding],
     ("hyper_connections", "0.30"): [layers_register_tilelang_kernels],
+    ("kv_cache", "0.32"): [caches_have_a_layout_to_resolve],
+    ("kv_cache", "0.33"): [caches_are_planned_apart],
     ("ray", "0.33"): [ray_compiles_no_graph],
     ("sparse_mla", "0.24"): [builder_gives_prefill_slots],
     ("sparse_mla", "0.33"): [layers_break_graphs_switched_on_later],

@@ -20,6 +20,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from vllm_sm12x import tiny_checkpoint
+from vllm_sm12x.preflight.checkpoint import read
+from vllm_sm12x.preflight.weights import by_stage
 from vllm_sm12x.tiny_checkpoint import write_tiny_deepseek_v4
 from vllm_sm12x.tiny_checkpoint.tokenizer import special_ids
 from vllm_sm12x.tiny_checkpoint.weights import Tensor, tiny_tensors
@@ -277,6 +279,7 @@ with set_current_vllm_config(config), tempfile.NamedTemporaryFile() as rendezvou
         models[role] = dict(model.named_parameters())
         missing = sorted(models[role].keys() - loaded)
         facts[role] = [type(model).__name__, missing, len(models[role])]
+facts["bytes"] = sum(one.numel() * one.element_size() for one in models["target"].values())
 
 shard_of = json.loads(Path(MODEL, "model.safetensors.index.json").read_text())["weight_map"]
 
@@ -324,6 +327,9 @@ def test_stock_vllm_loads_every_parameter(host, checkpoint: Path):
     shared = ["model.embed_tokens.weight", "model.layers.6.shared_head.head.weight"]
     assert draft[:2] == ["DeepSeekV4MTP", shared]
     assert same == dict.fromkeys(same, True)
+    # What the doctor makes of the files alone, less the two tables that are no parameters.
+    estimate = by_stage(read(str(checkpoint)), 1, 1)[0] - 2 * 1048576 * 64 * 4
+    assert run.answer["bytes"] == pytest.approx(estimate, rel=1e-3)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm serve` lines for SM12x machines: what others have run, and the line for the one at hand."""
+
+import shlex
+from dataclasses import dataclass
+
+_PR = "https://github.com/vllm-project/vllm/pull/40899"
+_FLASH, _PRO = "deepseek-ai/DeepSeek-V4-Flash", "deepseek-ai/DeepSeek-V4-Pro"
+_CHAT = (
+    "--tokenizer-mode deepseek_v4 --tool-call-parser deepseek_v4 --enable-auto-tool-choice "
+    "--reasoning-parser deepseek_v4"
+)
+_CACHE = "--kv-cache-dtype fp8 --block-size 256"
+# Weights of V4-Flash: 2 x 74.8 GiB, as loaded on two ranks in that pull request.
+_FLASH_GIB = 149.6
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A machine, the command that somebody served with there (None: nobody known), and from where.
+
+    Commands are as published, less variables that vLLM no longer has; they ran on forks of vLLM,
+    not with this plugin.
+    """
+
+    machine: str
+    command: str | None
+    source: str
+    note: str
+
+
+RECIPES = (
+    Recipe(
+        "1x RTX PRO 6000",
+        None,
+        _PR,
+        f"No working command: V4-Flash's weights take some {_FLASH_GIB} GiB, the GPU has 95 GiB.",
+    ),
+    Recipe(
+        "2x RTX PRO 6000",
+        f"vllm serve {_FLASH} {_CACHE} --max-model-len 1048576 --gpu-memory-utilization 0.985 "
+        f"--tensor-parallel-size 2 {_CHAT}",
+        _PR,
+        "74.8 GiB of weights a GPU; 0.985 held 1.32 requests of 1,048,576 tokens, and is too high "
+        'with --speculative-config \'{"method":"mtp","num_speculative_tokens":2}\', which ran at '
+        "0.92. A Max-Q pair ran out of memory in long prompts at 0.92 with 65,536 tokens, on an "
+        "indexer that this plugin replaces.",
+    ),
+    Recipe(
+        "4x RTX PRO 6000",
+        None,
+        "https://github.com/vllm-project/recipes/issues/967",
+        "Served by others with MTP; the command is not published. From the line above: "
+        "--tensor-parallel-size 4.",
+    ),
+    Recipe(
+        "1x RTX 5090",
+        None,
+        _PR,
+        f"No working command: V4-Flash's weights take some {_FLASH_GIB} GiB, the GPU has 32 GiB.",
+    ),
+    Recipe(
+        "1x DGX Spark",
+        None,
+        _PR,
+        f"No working command: V4-Flash's weights take some {_FLASH_GIB} GiB, the machine has 120 "
+        "GiB for CPU and GPU together.",
+    ),
+    Recipe(
+        "2x DGX Spark",
+        f"vllm serve {_FLASH} --kv-cache-dtype fp8_ds_mla --block-size 256 --moe-backend marlin "
+        "--enforce-eager --gpu-memory-utilization 0.80 --load-format instanttensor "
+        f"--tensor-parallel-size 2 {_CHAT}",
+        f"{_PR} (tonyliu312, 2026-04-27)",
+        "A 24 h soak; --tensor-parallel-size 2 over two machines, with --distributed-executor-"
+        "backend ray or vLLM's --nnodes 2.",
+    ),
+    Recipe(
+        "8x DGX Spark",
+        f"vllm serve {_PRO} {_CACHE} --tensor-parallel-size 8 --pipeline-parallel-size 1 "
+        "--max-model-len 1024 --gpu-memory-utilization 0.88 --safetensors-load-strategy prefetch "
+        f"{_CHAT} --distributed-executor-backend ray --enforce-eager",
+        f"{_PR} (idonati, 2026-04-27)",
+        "V4-Pro, 102.4 GiB of weights a machine. V4-Flash ran there with --moe-backend marlin "
+        "--kv-cache-dtype fp8_ds_mla --gpu-memory-utilization 0.80, and RAY_CGRAPH_get_timeout=900 "
+        "for 8 concurrent requests.",
+    ),
+)
+
+
+def serve_line(
+    model: str,
+    *,
+    tensor_parallel_size: int,
+    pipeline_parallel_size: int,
+    max_model_len: int,
+    gpu_memory_utilization: float,
+    machines: int,
+    prefetch: bool,
+) -> str:
+    """The command for this machine; with several `machines`, RANK and ADDRESS are to be filled."""
+    words = ["vllm serve", shlex.quote(model), _CACHE]
+    words.append(f"--tensor-parallel-size {tensor_parallel_size}")
+    if pipeline_parallel_size > 1:
+        words.append(f"--pipeline-parallel-size {pipeline_parallel_size}")
+    words.append(f"--max-model-len {max_model_len}")
+    words.append(f"--gpu-memory-utilization {gpu_memory_utilization:g}")
+    if prefetch:
+        words.append("--safetensors-load-strategy prefetch")
+    if machines > 1:
+        words.append(f"--nnodes {machines} --node-rank RANK --master-addr ADDRESS")
+    return " ".join([*words, _CHAT])
