@@ -19,8 +19,8 @@ _FLASH_GIB = 149.6
 class Recipe:
     """A machine, the command that somebody served with there (None: nobody known), and from where.
 
-    Commands are as published, less variables that vLLM no longer has; they ran on forks of vLLM,
-    not with this plugin.
+    All ran on forks of vLLM, not with this plugin. The note says where a command is put together
+    from published flags; environment variables, host and port are in the source.
     """
 
     machine: str
@@ -38,8 +38,9 @@ RECIPES = (
     ),
     Recipe(
         "2x RTX PRO 6000",
-        f"vllm serve {_FLASH} {_CACHE} --max-model-len 1048576 --gpu-memory-utilization 0.985 "
-        f"--tensor-parallel-size 2 {_CHAT}",
+        f"vllm serve {_FLASH} --trust-remote-code {_CACHE} --max-model-len 1048576 "
+        "--gpu-memory-utilization 0.985 --tensor-parallel-size 2 --compilation-config "
+        f'\'{{"cudagraph_mode":"FULL_AND_PIECEWISE", "custom_ops":["all"]}}\' {_CHAT}',
         _PR,
         "74.8 GiB of weights a GPU; 0.985 held 1.32 requests of 1,048,576 tokens, and is too high "
         'with --speculative-config \'{"method":"mtp","num_speculative_tokens":2}\', which ran at '
@@ -50,7 +51,8 @@ RECIPES = (
         "4x RTX PRO 6000",
         None,
         "https://github.com/vllm-project/recipes/issues/967",
-        "Served by others with MTP; the command is not published. From the line above: "
+        "V4-Flash-0731 was served so with DSpark, 3 draft tokens measured ahead of 7; no whole "
+        "command is known here. Nobody is known to have run the line above with "
         "--tensor-parallel-size 4.",
     ),
     Recipe(
@@ -72,13 +74,15 @@ RECIPES = (
         "--enforce-eager --gpu-memory-utilization 0.80 --load-format instanttensor "
         f"--tensor-parallel-size 2 {_CHAT}",
         f"{_PR} (tonyliu312, 2026-04-27)",
-        "A 24 h soak; --tensor-parallel-size 2 over two machines, with --distributed-executor-"
-        "backend ray or vLLM's --nnodes 2.",
+        "Published are TP=2 and the flags from --moe-backend to --load-format, under a 24 h soak; "
+        "model, block size and parsers are those of the line for 2x RTX PRO 6000. Two machines "
+        "also need an executor: ray, as there, or --nnodes 2.",
     ),
     Recipe(
         "8x DGX Spark",
-        f"vllm serve {_PRO} {_CACHE} --tensor-parallel-size 8 --pipeline-parallel-size 1 "
-        "--max-model-len 1024 --gpu-memory-utilization 0.88 --safetensors-load-strategy prefetch "
+        f"vllm serve {_PRO} --trust-remote-code {_CACHE} --tensor-parallel-size 8 "
+        "--pipeline-parallel-size 1 --max-model-len 1024 --gpu-memory-utilization 0.88 "
+        "--safetensors-load-strategy prefetch "
         f"{_CHAT} --distributed-executor-backend ray --enforce-eager",
         f"{_PR} (idonati, 2026-04-27)",
         "V4-Pro, 102.4 GiB of weights a machine. V4-Flash ran there with --moe-backend marlin "

@@ -5,6 +5,7 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vllm.v1.attention.backends import utils as attention_backends
 from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
 
 # until: vllm>=0.33, which plans in a module of its own, from groups that it is given.
@@ -31,11 +32,9 @@ class Pool:
         self._own_length = vllm_config.model_config.max_model_len
         stages = [dict(stage) for stage in specs]
         # until: vllm>=0.32, whose engine always resolves a layout before it plans.
-        if all(layouts):
-            from vllm.v1.attention.backends.utils import resolve_kv_cache_layout
-
+        if hasattr(attention_backends, "resolve_kv_cache_layout"):
             every = [spec for stage in stages for spec in stage.values()]
-            resolve_kv_cache_layout(vllm_config, list(layouts), every)
+            attention_backends.resolve_kv_cache_layout(vllm_config, list(layouts), every)
         self._plan = self._at(_SHORT, lambda: _plan(vllm_config, stages, list(memory))[0])
         self.blocks: int = self._plan.num_blocks
 
