@@ -145,6 +145,7 @@ def test_parts_are_what_serving_would_take(found):
     assert parts["linear layers"] == "CutlassFp8BlockScaledMMKernel"
     assert "Marlin" in parts["experts"]
     assert parts["KV cache"] == "fp8, blocks of 256"
+    assert parts["loader"] == "auto, safetensors lazy", "it fits into memory"
 
 
 def test_more_ranks_than_gpus_are_more_machines(found):

@@ -137,7 +137,7 @@ def _with_vllm(
     except ValueError as refusal:
         raise Refused(f"vLLM refuses: {refusal}") from None
     facts["machines"] = machines
-    facts["parts"] = _chosen(config)
+    facts["parts"] = _chosen(config, checkpoint)
     settings = _Settings(
         utilization=config.cache_config.gpu_memory_utilization,
         eager=bool(config.model_config.enforce_eager),
@@ -167,21 +167,13 @@ def _with_vllm(
     return settings, config, stages
 
 
-def _chosen(config: Any) -> list[dict[str, str]]:
+def _chosen(config: Any, checkpoint: Checkpoint) -> list[dict[str, str]]:
     """The decisions that vLLM's config carries after the plugin's platform has seen it."""
     parts = []
     choice = _attention(config)
     if choice is not None:
         parts.append(choice)
-    load = config.load_config
-    strategy = getattr(load, "safetensors_load_strategy", None)
-    parts.append(
-        {
-            "part": "loader",
-            "choice": f"{load.load_format}, safetensors {strategy or 'by vLLM at load time'}",
-            "why": "vLLM's load_config",
-        }
-    )
+    parts.append(_loader(config.load_config, checkpoint))
     parts.append(
         {
             "part": "KV cache",
@@ -198,6 +190,27 @@ def _chosen(config: Any) -> list[dict[str, str]]:
         }
     )
     return parts
+
+
+def _loader(load_config: Any, checkpoint: Checkpoint) -> dict[str, str]:
+    """How the weights would be read: the plugin's decision where its row for that is in force."""
+    from vllm_sm12x import changes
+    from vllm_sm12x.changes.change import State
+    from vllm_sm12x.changes.loading import PREFETCH_ROW
+
+    states = {outcome.change.name: outcome.state for outcome in changes.report()}
+    strategy = getattr(load_config, "safetensors_load_strategy", None)
+    choice, why = strategy or "as vLLM decides at load time", "vLLM's load_config"
+    if states.get(PREFETCH_ROW) is State.ACTIVE:
+        from vllm_sm12x.integration import loading
+
+        decided = loading.for_checkpoint(checkpoint.folder, strategy)
+        choice, why = decided.strategy, decided.why
+    return {
+        "part": "loader",
+        "choice": f"{load_config.load_format}, safetensors {choice}",
+        "why": why,
+    }
 
 
 def _attention(config: Any) -> dict[str, str] | None:
@@ -282,7 +295,6 @@ def _fit(
         max_model_len=length,
         gpu_memory_utilization=settings.utilization,
         machines=settings.machines,
-        prefetch=checkpoint.nbytes > 0.9 * memory.host_memory(),
     )
     return findings
 

@@ -100,7 +100,6 @@ def serve_line(
     max_model_len: int,
     gpu_memory_utilization: float,
     machines: int,
-    prefetch: bool,
 ) -> str:
     """The command for this machine; with several `machines`, RANK and ADDRESS are to be filled."""
     words = ["vllm serve", shlex.quote(model), _CACHE]
@@ -109,8 +108,6 @@ def serve_line(
         words.append(f"--pipeline-parallel-size {pipeline_parallel_size}")
     words.append(f"--max-model-len {max_model_len}")
     words.append(f"--gpu-memory-utilization {gpu_memory_utilization:g}")
-    if prefetch:
-        words.append("--safetensors-load-strategy prefetch")
     if machines > 1:
         words.append(f"--nnodes {machines} --node-rank RANK --master-addr ADDRESS")
     return " ".join([*words, _CHAT])
