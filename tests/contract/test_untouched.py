@@ -14,6 +14,7 @@ def applied(host):
 import vllm.entrypoints.cli.serve
 import vllm.models.deepseek_v4.nvidia.model
 import vllm.v1.engine.core
+import vllm.v1.worker.gpu_model_runner
 import vllm.v1.worker.gpu_worker
 from vllm import envs
 
