@@ -15,6 +15,7 @@ import vllm.entrypoints.cli.serve
 import vllm.model_executor.layers.fused_moe.oracle.mxfp4
 import vllm.models.deepseek_v4.nvidia.model
 import vllm.v1.engine.core
+import vllm.v1.worker.gpu_model_runner
 import vllm.v1.worker.gpu_worker
 from vllm import envs
 
