@@ -83,12 +83,6 @@ def layers_register_tilelang_kernels():
     return importlib.util.find_spec(helper) is not None
 
 
-def ray_compiles_no_graph():
-    from vllm_sm12x.vllm_api import ray
-
-    return not ray.waits_for_compiled_graph()
-
-
 def there_is_no_sequence_parallelism_pass():
     from vllm.config.compilation import PassConfig
 
@@ -131,7 +125,6 @@ PROBES = {
     ("hyper_connections", "0.30"): [layers_register_tilelang_kernels],
     ("kv_cache", "0.32"): [caches_have_a_layout_to_resolve],
     ("kv_cache", "0.33"): [caches_are_planned_apart],
-    ("ray", "0.33"): [ray_compiles_no_graph],
     ("sparse_mla", "0.24"): [builder_gives_prefill_slots],
     ("sparse_mla", "0.33"): [layers_break_graphs_switched_on_later],
 }

@@ -116,7 +116,7 @@ ROWS = (
         why="Under load a slow node answers after vLLM's 300 seconds, and the engine ends: "
         "`increase RAY_CGRAPH_get_timeout`.",
         upstream="https://github.com/vllm-project/vllm/pull/40899 (reported there)",
-        touches=ray.symbols(),
+        touches=("vllm.envs.VLLM_RAY_PER_WORKER_GPUS",),
         wanted=_user_left_the_timeout,
         needed=_ray_compiles_graphs,
         apply=_raise_the_timeout,
