@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from vllm_sm12x.demo.attention import PHASES, SWA_BLOCK, WINDOW, Batch, padded
+from vllm_sm12x.ops.sparse_mla.config import LaunchPolicy
 from vllm_sm12x.ops.sparse_mla.spec import SPARSE_MLA
 
 pytestmark = pytest.mark.contract
@@ -66,7 +67,7 @@ def layer_and_metadata(
     layer.swa_cache_layer = SimpleNamespace(prefix="layer.swa_cache", kv_cache=batch.window.cache)
     layer.attn_sink = torch.nn.Parameter(batch.sink, requires_grad=False)
     layer.n_local_heads = len(batch.sink)
-    layer.scale, layer.policy, layer.dump_path = 512**-0.5, module.LaunchPolicy(), dump_path
+    layer.scale, layer.policy, layer.dump_path = 512**-0.5, LaunchPolicy(), dump_path
     metadata: dict[str, Any] = {"layer.swa_cache": window}
     if batch.compressed is not None:
         layer.kv_cache = batch.compressed.cache
