@@ -47,7 +47,8 @@ reports = {
 # vLLM's own words on the same memory, as its engine would log them.
 from vllm_sm12x.vllm_api import dry_build, kv_cache as planning
 
-config = dry_build.engine_config(MODEL, max_model_len=65536, block_size=256, kv_cache_dtype="fp8")
+flags = ["--kv-cache-dtype", "fp8", "--block-size", "256", "--max-model-len", "65536"]
+config = served_config(MODEL, *flags)
 (stage,) = dry_build.build(config, 1, 1)
 lines = []
 

@@ -19,6 +19,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
 from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.attention.backends import utils as attention_backends
 
@@ -43,7 +44,9 @@ class Stage:
 def engine_config(model: str, **arguments: Any) -> Any:
     """The VllmConfig of `vllm serve MODEL`. Raises ValueError with vLLM's refusal in one line."""
     try:
-        return EngineArgs(model=model, **arguments).create_engine_config()
+        # The server's defaults: with others a step has fewer tokens, and a request smaller caches.
+        server = UsageContext.OPENAI_API_SERVER
+        return EngineArgs(model=model, **arguments).create_engine_config(server)
     except Exception as error:
         raise ValueError(_in_one_line(error)) from error
 
