@@ -4,20 +4,23 @@
 Two stub libraries, compiled here, come first on LD_LIBRARY_PATH of those processes: a libcuda
 without a device and an NVML that reports whatever GPU a test asks for. The plugin is built as a
 wheel and installed where only those processes find it, so that vLLM discovers it by entry points.
-A process costs some 15 s: tests share one per situation, through module-scoped fixtures.
+A process costs some 5 s although it is forked from one that has imported torch and its like: tests
+share one per situation, through module-scoped fixtures.
 """
 
 import hashlib
 import importlib.util
 import json
 import os
+import selectors
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
 import venv
 from base64 import urlsafe_b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -27,6 +30,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FAKE_HOST = Path(__file__).parent / "fake_host"
+TIMEOUT_S = 300
 RTX_PRO_6000 = "NVIDIA RTX PRO 6000 Blackwell Workstation Edition"
 
 
@@ -52,6 +56,7 @@ class Host:
     plugin: Path
     scratch: Path
     model: Path
+    interpreter: "Interpreter"
 
     def __call__(
         self,
@@ -64,6 +69,7 @@ class Host:
         env: Mapping[str, str] | None = None,
         first_on_path: Sequence[Path] = (),
         check: bool = True,
+        fresh: bool = False,
     ) -> Run:
         """Run Python code, with `probes` and MODEL (a DeepSeek V4's folder) in its namespace."""
         python = sys.executable if plugin else self.python_without("vllm-sm12x")
@@ -78,6 +84,7 @@ class Host:
             env=env,
             first_on_path=first_on_path,
             check=check,
+            fresh=fresh,
         )
 
     def command(
@@ -89,30 +96,40 @@ class Host:
         env: Mapping[str, str] | None = None,
         first_on_path: Sequence[Path] = (),
         check: bool = True,
+        fresh: bool = False,
     ) -> Run:
-        """Run any command there; `check` makes a failing exit status the test's failure."""
+        """Run any command there; `check` makes a failing exit status the test's failure.
+
+        `fresh`: a Python that has imported nothing yet, for tests that change what torch or Triton
+        is when it is imported.
+        """
         answer_file = self.scratch / "answer.json"
         answer_file.unlink(missing_ok=True)
         python_path = [*first_on_path, *([self.plugin] if plugin else []), FAKE_HOST]
-        completed = subprocess.run(
-            arguments,
-            cwd=self.scratch,
-            env={
-                **_outside_environment(),
-                "PYTHONPATH": _joined(*python_path, *_outside_python_path()),
-                "LD_LIBRARY_PATH": _joined(self.stubs, os.environ.get("LD_LIBRARY_PATH")),
-                "VLLM_CACHE_ROOT": str(self.scratch / "vllm_cache"),
-                "VLLM_CONFIG_ROOT": str(self.scratch / "vllm_config"),
-                "VLLM_NO_USAGE_STATS": "1",
-                "HF_HUB_OFFLINE": "1",
-                "FAKE_HOST_ANSWER": str(answer_file),
-                **(gpu or {}),
-                **(env or {}),
-            },
-            text=True,
-            capture_output=True,
-            timeout=300,
-        )
+        environment = {
+            **_outside_environment(),
+            "PYTHONPATH": _joined(*python_path, *_outside_python_path()),
+            "LD_LIBRARY_PATH": _joined(self.stubs, os.environ.get("LD_LIBRARY_PATH")),
+            "VLLM_CACHE_ROOT": str(self.scratch / "vllm_cache"),
+            "VLLM_CONFIG_ROOT": str(self.scratch / "vllm_config"),
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "FAKE_HOST_ANSWER": str(answer_file),
+            **(gpu or {}),
+            **(env or {}),
+        }
+        program, *rest = map(str, arguments)
+        if program == sys.executable and not fresh:
+            completed = self.interpreter(rest, cwd=self.scratch, env=environment)
+        else:
+            completed = subprocess.run(
+                arguments,
+                cwd=self.scratch,
+                env=environment,
+                text=True,
+                capture_output=True,
+                timeout=TIMEOUT_S,
+            )
         output = completed.stdout + completed.stderr
         if check:
             assert completed.returncode == 0, f"exit {completed.returncode}\n{output[-6000:]}"
@@ -134,6 +151,67 @@ class Host:
                     if entry.name not in left_out:
                         (site / entry.name).symlink_to(entry)
         return folder / "bin" / "python"
+
+
+class Interpreter:
+    """`interpreter(arguments, cwd=..., env=...)`: `python ARGUMENTS`, forked from a warm one.
+
+    Its libraries are looked for where `ld_library_path` says, whatever `env` says.
+    """
+
+    def __init__(self, folder: Path, ld_library_path: str) -> None:
+        self._files = {name: folder / f"{name}.txt" for name in ("stdout", "stderr")}
+        self._ld_library_path = ld_library_path
+        self._process: subprocess.Popen[str] | None = None
+
+    def __call__(
+        self, arguments: Sequence[str], *, cwd: Path, env: Mapping[str, str]
+    ) -> "subprocess.CompletedProcess[str]":
+        for file in self._files.values():
+            file.write_text("")
+        request = {
+            "arguments": arguments,
+            "cwd": str(cwd),
+            "env": dict(env),
+            "python_path": env["PYTHONPATH"].split(os.pathsep),
+            **{name: str(file) for name, file in self._files.items()},
+        }
+        process = self._process = self._process or self._start()
+        assert process.stdin and process.stdout
+        process.stdin.write(json.dumps(request) + "\n")
+        process.stdin.flush()
+        with selectors.DefaultSelector() as selector:
+            selector.register(process.stdout, selectors.EVENT_READ)
+            if not selector.select(TIMEOUT_S):
+                self.stop()
+                raise subprocess.TimeoutExpired(arguments, TIMEOUT_S, *self._output())
+        return subprocess.CompletedProcess(
+            arguments, int(process.stdout.readline()), *self._output()
+        )
+
+    def stop(self) -> None:
+        if self._process:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.communicate()
+            self._process = None
+
+    def _start(self) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            [sys.executable, FAKE_HOST / "interpreter.py"],
+            env={
+                **_outside_environment(),
+                "PYTHONPATH": _joined(*_outside_python_path()),
+                "LD_LIBRARY_PATH": self._ld_library_path,
+                "HF_HUB_OFFLINE": "1",
+            },
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+
+    def _output(self) -> tuple[str, str]:
+        return self._files["stdout"].read_text(), self._files["stderr"].read_text()
 
 
 def _joined(*parts: Path | str | None) -> str:
@@ -177,7 +255,7 @@ def _install_plugin(build: Path, target: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def host(tmp_path_factory: pytest.TempPathFactory, vllm_files: "VllmFiles") -> Host:
+def host(tmp_path_factory: pytest.TempPathFactory, vllm_files: "VllmFiles") -> Iterator[Host]:
     """`host(snippet, capability="12.0", plugin=True, env={...})` runs code on the fake host.
 
     It asks for `vllm_files` so that vLLM's files are on record before anything runs.
@@ -193,7 +271,9 @@ def host(tmp_path_factory: pytest.TempPathFactory, vllm_files: "VllmFiles") -> H
 
     model.mkdir()
     (model / "config.json").write_text(json.dumps(CONFIG))
-    return Host(stubs=stubs, plugin=plugin, scratch=scratch, model=model)
+    interpreter = Interpreter(scratch, _joined(stubs, os.environ.get("LD_LIBRARY_PATH")))
+    yield Host(stubs, plugin, scratch, model, interpreter)
+    interpreter.stop()
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def test_with_a_broken_torch_it_still_reports(host, tmp_path):
     (tmp_path / "torch").mkdir()
     reason = "libcudart.so.13: cannot open shared object file"
     (tmp_path / "torch" / "__init__.py").write_text(f"raise ImportError({reason!r})\n")
-    status, report = doctor_json(host, gpu=SM120, first_on_path=[tmp_path])
+    status, report = doctor_json(host, gpu=SM120, first_on_path=[tmp_path], fresh=True)
     assert (status, report["health"]) == (2, "broken")
     assert any("torch" in finding and reason in finding for finding in report["findings"])
     assert report["device"]["capability"] == "12.0"

@@ -224,7 +224,7 @@ def drift(host):
 
 @pytest.fixture(scope="module")
 def forward(host):
-    return host(FORWARD, env={"TRITON_INTERPRET": "1"}).answer
+    return host(FORWARD, env={"TRITON_INTERPRET": "1"}, fresh=True).answer
 
 
 def test_every_name_in_the_model_and_its_drafts_is_ours(situation, vllm_version):
