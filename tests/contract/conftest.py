@@ -8,6 +8,7 @@ A process costs some 5 s although it is forked from one that has imported torch 
 share one per situation, through module-scoped fixtures.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -178,21 +179,23 @@ class Interpreter:
         }
         process = self._process = self._process or self._start()
         assert process.stdin and process.stdout
-        process.stdin.write(json.dumps(request) + "\n")
-        process.stdin.flush()
+        print(json.dumps(request), file=process.stdin, flush=True)
         with selectors.DefaultSelector() as selector:
             selector.register(process.stdout, selectors.EVENT_READ)
             if not selector.select(TIMEOUT_S):
                 self.stop()
                 raise subprocess.TimeoutExpired(arguments, TIMEOUT_S, *self._output())
-        return subprocess.CompletedProcess(
-            arguments, int(process.stdout.readline()), *self._output()
-        )
+        status = process.stdout.readline()
+        if not status:
+            self.stop()
+            raise RuntimeError("interpreter.py ended, see stderr")
+        return subprocess.CompletedProcess(arguments, int(status), *self._output())
 
     def stop(self) -> None:
         if self._process:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.communicate()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
             self._process = None
 
     def _start(self) -> "subprocess.Popen[str]":
