@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The warm-up's batches: what they cover, that vLLM's runner takes them, and when they run."""
 
+import itertools
+
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -42,6 +45,7 @@ class TestBatches:
                 assert len(batch.prompts) + (batch.joining > 0) <= seqs
                 assert sum(batch.drafts) + len(batch.prompts) + batch.joining <= tokens
                 assert not batch.joining or batch.joining > 1 + drafts
+                assert 0 <= batch.staying < len(batch.prompts)
 
     def test_cover_what_triton_and_the_sampler_tell_apart(self):
         found = batches(
@@ -126,6 +130,8 @@ class Runner:
         )
         self.steps = []
         self.sampled = True
+        self.previous = set()
+        self.sizes = []
 
     def load_model(self, **arguments):
         pass
@@ -147,8 +153,11 @@ class Runner:
             for blocks, size in zip(state.block_ids, (BLOCK, 64)):
                 assert len(blocks) * size >= at + tokens
                 assert all(0 < block < 20 for block in blocks)
+        if self.previous & scheduled.keys():
+            self.sizes.append((len(scheduled), len(self.previous)))
         if scheduled:
             self.steps.append(len(scheduled))
+            self.previous = set(scheduled)
             self.sampled = False
             return None
         return EMPTY_MODEL_RUNNER_OUTPUT
@@ -216,7 +225,7 @@ def capture(mode):
 
 capturing = {mode: capture(mode) for mode in ("FULL", "PIECEWISE")}
 first = warmed()
-order = list(happened)
+order, sizes = list(happened), list(runner.sizes)
 again = warmed()
 warm_up._done.clear()
 config.kv_transfer_config = SimpleNamespace()
@@ -230,7 +239,7 @@ failed = failure_of(warmed, "1")
 answer({
     "first": first, "order": order, "again": again, "transferring": transferring, "other": other,
     "failed": failed, "launched": len(launched), "requests": len(runner.states.requests),
-    "capturing": capturing, "row": [row.state.value, row.detail],
+    "sizes": sizes, "capturing": capturing, "row": [row.state.value, row.detail],
     "graphs": runner.cudagraph_dispatcher.keys_initialized, "most": max(runner.steps),
     "registered": [[step.__qualname__ for step in steps]
                    for steps in (startup.before_capture, startup.ready)],
@@ -251,6 +260,33 @@ class TestOnVllm:
         steps, times = ran.answer["first"]
         assert steps > 100 and times == "times"
         assert ran.answer["requests"] == 0 and ran.answer["most"] == 8
+
+    def test_torch_compile_has_seen_every_change_of_the_batch(self, ran):
+        # What corrects the counts of tokens, by the requests of a step and those of the last one.
+        from vllm.v1.spec_decode.utils import update_num_computed_tokens_for_batch_change
+
+        compiles = []
+
+        def compiled(graph, inputs):
+            compiles.append(graph)
+            return graph
+
+        correct = torch.compile(
+            update_num_computed_tokens_for_batch_change.__wrapped__, dynamic=True, backend=compiled
+        )
+        known, drafted = (torch.zeros(8, dtype=torch.int32) for _ in range(2))
+
+        def step(requests, previous):
+            accepted, places = (torch.zeros(requests, dtype=torch.int64) for _ in range(2))
+            sampled = torch.zeros(previous, dtype=torch.int32)
+            correct(known, accepted, places, sampled, drafted, known[:requests].clone())
+
+        for requests, previous in ran.answer["sizes"]:
+            step(requests, previous)
+        warm = len(compiles)
+        for requests, previous in itertools.product(range(1, 9), repeat=2):
+            step(requests, previous)
+        assert 1 < warm == len(compiles)
 
     def test_it_runs_without_graphs_before_vllm_captures_them(self, ran):
         assert ran.answer["order"] == [["finished", True], ["stock", True], ["armed", True]]

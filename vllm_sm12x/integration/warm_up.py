@@ -34,8 +34,8 @@ REQUESTS = (1, 2, 3, 5, 8, 16, 17, 32, 33)
 TOKENS = (1, 2, 3, 4, 5, 8, 15, 16, 17, 32, 33, 48, 63, 64, 65, 128, 129, 256, 257, 512, 1000, 1024)
 # What a short prompt has, and none of the sizes above.
 SHORT = 13
-# Tokens past its prompt that a request has room for: one step's, with up to 15 drafts.
-RESERVE = 16
+# Tokens past its prompt that a request has room for: a step's, with up to 15 drafts, and one more.
+RESERVE = 17
 
 logger = get_logger(__name__)
 _lock = threading.Lock()
@@ -51,6 +51,7 @@ class Batch:
     first_chunk: int | None = None
     drafts: tuple[int, ...] | None = None
     joining: int = 0
+    staying: int = 0
 
 
 def batches(
@@ -84,7 +85,10 @@ def batches(
         prompt = max(2, min(SHORT, max_num_batched_tokens // requests))
         prompts = (prompt,) * requests
         for count in sorted({0, draft_tokens}):
-            found.append(Batch(prompts, drafts=(count,) * requests))
+            # torch.compile tells 1 apart, too: vLLM compiles what corrects its counts of tokens for
+            # one request after one, some after one, some after some, and one after some.
+            staying = int(requests > 1 and count == draft_tokens)
+            found.append(Batch(prompts, drafts=(count,) * requests, staying=staying))
         if draft_tokens and requests > 1:
             some = tuple(draft_tokens * (place % 2) for place in range(requests))
             found.append(Batch(prompts, drafts=some))
@@ -125,7 +129,7 @@ def warm_up(worker: Any) -> None:
         start = time.perf_counter()
         if ours and providers.on_sm12x_path():
             _launch_long_contexts(config, worker.device)
-        engine = steps.Engine(worker)
+        engine = steps.Engine(worker, RESERVE)
         shown = track(
             plan,
             "Warming up",

@@ -16,8 +16,6 @@ from vllm.distributed.parallel_state import get_pp_group, is_global_first_rank
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 from vllm.v1.request import Request
 
-# Tokens past its prompt that a request has blocks for.
-RESERVE = 16
 # By name, so that who plans batches need not import vLLM.
 SAMPLING: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
@@ -75,10 +73,15 @@ def without_graphs(worker: Any) -> Iterator[None]:
 
 
 class Engine:
-    """Runs batches through a worker, one after the other."""
+    """Runs batches through a worker, one after the other.
 
-    def __init__(self, worker: Any) -> None:
+    Args:
+        reserve: tokens past its prompt that a request has blocks for.
+    """
+
+    def __init__(self, worker: Any, reserve: int) -> None:
         self._worker = worker
+        self._reserve = reserve
         self._groups = worker.model_runner.kv_cache_config.kv_cache_groups
         self._blocks = worker.model_runner.kv_cache_config.num_blocks
         self._next_block = 0
@@ -92,6 +95,7 @@ class Engine:
         first_chunk: int | None = None,
         drafts: Sequence[int] | None = None,
         joining: int = 0,
+        staying: int = 0,
     ) -> None:
         """Prefill some requests, let them decode one step, and end them.
 
@@ -101,6 +105,7 @@ class Engine:
             first_chunk: tokens of each prompt that come in a step before the rest.
             drafts: draft tokens of each request in the decode step; None: there is no such step.
             joining: tokens of one more prompt, which joins the decode step.
+            staying: requests that decode once more, without drafts, after the others have ended.
         """
         names = [self._name() for _ in prompts]
         new = [
@@ -126,6 +131,11 @@ class Engine:
                 more.append(self._new(names[-1], joining, sampling))
                 scheduled[names[-1]] = joining
             self._step(more, scheduled, cached=cached, drafted=drafted)
+            if staying:
+                ended, names = names[staying:], names[:staying]
+                computed = [tokens + 1 for tokens in prompts[:staying]]
+                cached = self._cached(names, computed, outputs=2)
+                self._step([], dict.fromkeys(names, 1), cached=cached, ended=ended)
         self._finish(names)
 
     def _name(self) -> str:
@@ -137,7 +147,8 @@ class Engine:
         request = Request(name, prompt, SamplingParams(**SAMPLING[sampling], max_tokens=2), None)
         # Blocks may be those of another request: what is read from them was written there, and
         # nobody reads the result.
-        blocks = tuple(self._take(group.kv_cache_spec, tokens + RESERVE) for group in self._groups)
+        room = tokens + self._reserve
+        blocks = tuple(self._take(group.kv_cache_spec, room) for group in self._groups)
         return NewRequestData.from_request(request, blocks, prefill_token_ids=prompt)
 
     def _take(self, spec: Any, tokens: int) -> list[int]:
@@ -154,8 +165,8 @@ class Engine:
         data.num_output_tokens = [outputs] * len(names)
         data.new_block_ids = [None] * len(names)
         if not get_pp_group().is_last_rank:
-            # The V1 runner of an earlier pipeline rank has them from the scheduler.
-            data.new_token_ids = [[0] * outputs for _ in names]
+            # The V1 runner of an earlier pipeline rank has the last one from the scheduler.
+            data.new_token_ids = [[0] * min(outputs, 1) for _ in names]
         return data
 
     def _step(
@@ -165,8 +176,10 @@ class Engine:
         *,
         cached: CachedRequestData | None = None,
         drafted: dict[str, list[int]] | None = None,
+        ended: Sequence[str] = (),
     ) -> None:
         output = self._output()
+        output.finished_req_ids = set(ended)
         output.scheduled_new_reqs = new
         if cached is not None:
             output.scheduled_cached_reqs = cached
