@@ -80,6 +80,8 @@ class Host:
                 "FAKE_NVML_CAPABILITY": capability,
                 "FAKE_NVML_NAME": name,
                 "FAKE_NVML_COUNT": str(count),
+                # QuACK asks CUDA where this is not set, as soon as it is imported.
+                "QUACK_ARCH": capability.replace(".", ""),
             },
             plugin=plugin,
             env=env,

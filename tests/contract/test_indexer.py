@@ -95,6 +95,7 @@ def builder(module: Any, *, speculative: int = 0) -> Any:
     made.vllm_config = SimpleNamespace(
         speculative_config=None, compilation_config=SimpleNamespace(cudagraph_mode=None)
     )
+    made.kernel_block_size = made.kv_cache_spec.block_size
     made.num_sms, made.use_pcp, made.supports_varlen, made.tp_size = 132, False, False, 1
     made.compressed_cp_interleave_size = 1
     made.one_pass = module.in_one_pass()

@@ -96,7 +96,7 @@ def _describe(model: Any, layers: dict[str, Any], vllm_config: Any) -> Stage:
 
 def _layouts(layers: list[Any]) -> list[str]:
     """The names of the cache layouts that all layers' backends support, as a worker says them."""
-    # until: vllm>=0.32, whose backends always declare layouts.
+    # until: vllm>=0.29, whose backends always declare layouts.
     if not hasattr(attention_backends, "get_supported_kv_cache_layouts"):
         return []
     backends = dict.fromkeys(layer.get_attn_backend() for layer in layers)
@@ -130,7 +130,7 @@ def _no_device(vllm_config: Any) -> Iterator[None]:
         _put(undo, type(current_platform), "device_type", "meta")
         for name in ("Stream", "Event"):
             _put(undo, torch.cuda, name, _Nothing)
-        # until: vllm>=0.32, whose layers always register kernels to compile before serving.
+        # until: vllm>=0.27, whose layers always register kernels to compile before serving.
         if hasattr(vllm_config.kernel_config, "enable_jit_warmup"):
             _put(undo, vllm_config.kernel_config, "enable_jit_warmup", False)
         undo.enter_context(set_current_vllm_config(vllm_config))

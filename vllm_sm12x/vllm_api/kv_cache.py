@@ -31,7 +31,7 @@ class Pool:
         self._vllm_config = vllm_config
         self._own_length = vllm_config.model_config.max_model_len
         stages = [dict(stage) for stage in specs]
-        # until: vllm>=0.32, whose engine always resolves a layout before it plans.
+        # until: vllm>=0.29, whose engine always resolves a layout before it plans.
         if hasattr(attention_backends, "resolve_kv_cache_layout"):
             every = [spec for stage in stages for spec in stage.values()]
             attention_backends.resolve_kv_cache_layout(vllm_config, list(layouts), every)
