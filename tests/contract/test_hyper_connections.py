@@ -44,15 +44,14 @@ def ours():
 SITUATION = (
     APPLY
     + """
-import importlib.util
-
 def compiled_at_start():
     # How many TileLang kernels vLLM compiles for DeepSeek V4 and V4.1; None where it does not.
-    if importlib.util.find_spec("vllm.model_executor.warmup.jit_warmup") is None:
+    try:
+        from vllm.model_executor.warmup.jit_warmup import JitWarmupRegistry
+    except ImportError:
         return None
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.kernels.mhc import tilelang_kernels
-    from vllm.model_executor.warmup.jit_warmup import JitWarmupRegistry
 
     config, counts = deepseek_v4, []
     for architecture in ("DeepseekV4ForCausalLM", "DeepseekV41ForCausalLM"):
