@@ -13,10 +13,10 @@ from unittest import mock
 
 import torch
 import typer
-from machine import describe_machine, machine_line, write_result
 from rich.console import Console
 from rich.table import Table
 
+from vllm_sm12x.bench.machine import describe_machine, machine_line, write_result
 from vllm_sm12x.integration.fp8_config_files import SMALL_M, SMALL_M_CHANGES
 from vllm_sm12x.tune import run_tune
 from vllm_sm12x.tune.measure import GpuTrial, Linear, shared_memory

@@ -16,12 +16,13 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from machine import ROOT, describe_machine, machine_line, write_result
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from server import ENGINE_ARGS, Attention, attention_env, offline
 from serving import token_range
+
+from vllm_sm12x.bench.machine import ROOT, describe_machine, machine_line, write_result
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 

@@ -15,11 +15,12 @@ from typing import Annotated, Any
 
 import typer
 from logprobs import check_attention
-from machine import describe_machine, machine_line, write_result
 from rich.console import Console
 from rich.table import Table
 from server import ENGINE_ARGS, Attention, attention_env, offline
 from serving import token_range
+
+from vllm_sm12x.bench.machine import describe_machine, machine_line, write_result
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from machine import describe_machine, machine_line, write_result
 from rich.console import Console
 from rich.table import Table
+
+from vllm_sm12x.bench.machine import describe_machine, machine_line, write_result
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from machine import describe_machine, machine_line, write_result
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from server import Attention, Server, attention_env, check_startup, vllm_server
 from serving import Answer, Request, ask, token_range
+
+from vllm_sm12x.bench.machine import describe_machine, machine_line, write_result
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

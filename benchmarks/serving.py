@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from machine import describe_machine, machine_line, write_result
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -26,6 +25,8 @@ from server import (
     parallel_args,
     vllm_server,
 )
+
+from vllm_sm12x.bench.machine import describe_machine, machine_line, write_result
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -76,6 +76,26 @@ def demo() -> None:
     raise typer.Exit(run_demo())
 
 
+@app.command()
+def bench(
+    ops: Annotated[list[str] | None, typer.Argument(help="Ops, as in sparse_mla; all.")] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="The result file to write.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="A picture to write, as in bench.png.")] = None,
+    markdown: Annotated[bool, typer.Option(help="Print a Markdown table as well.")] = False,
+    show: Annotated[
+        Path | None, typer.Option(help="Print and draw this result; nothing is measured.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit, for a tree without git.")] = None,
+) -> None:
+    """Race the ops against FlashMLA, DeepGEMM, FlashInfer and torch, as far as they run here."""
+    from vllm_sm12x.bench import run_bench
+
+    status = run_bench(
+        ops or (), json_path=json, plot=plot, markdown=markdown, show=show, revision=revision
+    )
+    raise typer.Exit(status)
+
+
 @app.command("tiny-checkpoint")
 def tiny_checkpoint(
     path: Annotated[Path, typer.Argument(help="The folder to write.")],

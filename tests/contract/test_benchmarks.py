@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The programs of benchmarks/ notice what is wrong: on a stand-in for vLLM, and on made-up data."""
 
-import ast
-import dataclasses
-import importlib.util
 import json
 import logging
 import os
@@ -12,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import types
-from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -22,23 +18,17 @@ import torch
 from typer.testing import CliRunner
 
 from vllm_sm12x import device
-from vllm_sm12x.ops.fp8_einsum.spec import FP8_EINSUM
-from vllm_sm12x.ops.hc_prenorm_gemm.spec import HC_PRENORM_GEMM
-from vllm_sm12x.ops.mqa_logits.spec import MQA_LOGITS
-from vllm_sm12x.ops.paged_mqa_logits.spec import PAGED_MQA_LOGITS
+from vllm_sm12x.bench.machine import describe_machine, machine_line
 
 pytestmark = pytest.mark.once
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import against_deep_gemm  # noqa: E402
 import logprobs  # noqa: E402
 import long_context  # noqa: E402
 import no_toolkit  # noqa: E402
 import serving  # noqa: E402
-import sparse_mla  # noqa: E402
-from machine import describe_machine, machine_line  # noqa: E402
 from server import (  # noqa: E402
     Attention,
     attention_env,
@@ -46,7 +36,6 @@ from server import (  # noqa: E402
     chosen_attention,
     parallel_args,
 )
-from timing import Timing  # noqa: E402
 
 STAND_IN = Path(__file__).parent / "stand_in"
 TOKENS = range(819, 7373)
@@ -366,24 +355,6 @@ def test_forced_sequences_are_the_same_in_every_run():
     assert sequences[-1] == text[:1660]
 
 
-def test_a_red_row_shows_no_time():
-    row = {
-        "tokens": 16,
-        "candidates": [128, 512],
-        "error": {"ours": 0.5, "flash_mla": 0.001},
-        "red": ["ours"],
-        "median_us": {"flash_mla": 20.0},
-        "iqr_us": {"flash_mla": 0.5},
-        "flops": 10**9,
-        "floor_us": 5.0,
-    }
-    cells = sparse_mla.table_cells(row)
-    assert cells[3:] == ["[red]error 5.0e-01[/]", "20.0 ± 0.5", "-", "-", "-"]
-    row |= {"red": [], "median_us": {"ours": 10.0, "flash_mla": 20.0}}
-    row["iqr_us"]["ours"] = 0.25
-    assert sparse_mla.table_cells(row)[3:] == ["10.0 ± 0.2", "20.0 ± 0.5", "0.50", "100", "50%"]
-
-
 @pytest.mark.parametrize(
     ("capability", "assume", "label"),
     [((12, 0), "", "native"), ((12, 1), "", "native"), ((9, 0), "", "proxy")]
@@ -418,269 +389,6 @@ def test_the_proxy_takes_the_whole_path_of_an_sm12x_gpu(model):
     ran, result, _ = serve(model, label="proxy", fault="other_attention", requests=2)
     assert ran.exit_code == 1
     assert "asked for TRITON_MLA_SPARSE" in result["problems"][0]
-
-
-LOGITS_OF_PADDING = 7.0
-# The weights are two bf16 terms, and Triton's interpreter truncates each, at most 2^-7 of it.
-INTERPRETED_PRENORM = 2.0**-14
-
-
-class StandInDeepGemm:
-    """DeepGEMM's functions as vLLM 0.26 calls them on SM90, computed by the oracles.
-
-    As there: more than two rows a request are refused, and what is past a context is not cleaned.
-    """
-
-    @staticmethod
-    def get_paged_mqa_logits_metadata(context_lens, block_size, num_sms):
-        assert context_lens.dim() == 2
-        return torch.zeros(num_sms + 1, 2, dtype=torch.int32)
-
-    @staticmethod
-    def fp8_fp4_paged_mqa_logits(q, cache, weights, lens, table, schedule, max_model_len, **rest):
-        values, scale = q
-        assert scale is None
-        assert rest == {"clean_logits": False}
-        assert values.shape[1] in (1, 2)
-        assert lens.shape == values.shape[:2]
-        assert (lens.dtype, lens.is_contiguous()) == (torch.int32, True)
-        arguments = (values, cache, weights, lens, table)
-        logits = PAGED_MQA_LOGITS.oracle(*arguments, max_model_len=max_model_len)
-        return logits.masked_fill(logits.isinf(), LOGITS_OF_PADDING)
-
-    @staticmethod
-    def fp8_fp4_mqa_logits(q, kv, weights, ks, ke, clean_logits):
-        logits = MQA_LOGITS.oracle(q[0], *kv, weights, ks, ke)
-        return logits.masked_fill(logits.isinf(), LOGITS_OF_PADDING)
-
-    @staticmethod
-    def transform_sf_into_required_layout(sf, mn, k, recipe, num_groups, is_sfa):
-        assert sf.shape == (num_groups, mn // recipe[1], k // recipe[2])
-        return sf
-
-    @staticmethod
-    def fp8_einsum(equation, a, b, out, recipe):
-        assert (equation, recipe) == ("bhr,hdr->bhd", (1, 128, 128))
-        tokens, _, steps = a[1].shape
-        aligned = -(-tokens // 4) * 4
-        assert a[1].stride() == (1, steps * aligned, aligned)
-        out.copy_(FP8_EINSUM.oracle(*a, *b))
-
-    @staticmethod
-    def tf32_hc_prenorm_gemm(x, fn, out, sqrsum, num_split):
-        assert out.shape[0] == sqrsum.shape[0] == num_split
-        for target, result in zip((out, sqrsum), HC_PRENORM_GEMM.oracle(x, fn), strict=True):
-            target.copy_(result / num_split)
-
-
-def select(q, cache, weights, query_start_loc, lens, block_table, topk):
-    """In the place of paged_mqa_topk."""
-    table = block_table.expand(len(q), -1)
-    columns = table.shape[1] * cache.shape[1]
-    logits = PAGED_MQA_LOGITS.oracle(
-        q.unsqueeze(1), cache, weights, lens, table, max_model_len=columns
-    )
-    return logits.topk(topk, 1).indices.int()
-
-
-def gather(cache, k, scale, table, ends):
-    assert ends.tolist() == [0, len(k)]
-    rows = cache.flatten(1)[table[0].long()]
-    k.copy_(rows[:, : 64 * 128].contiguous().view(torch.float8_e4m3fn).view(-1, 128))
-    scale.copy_(rows[:, 64 * 128 :].contiguous().view(-1, 4))
-
-
-def top_k(logits, starts, ends, chosen, rows, stride0, stride1, topk):
-    assert (rows, stride0, stride1) == (len(logits), *logits.stride())
-    inside = torch.arange(logits.shape[1], device=logits.device) < ends[:, None]
-    chosen.copy_(logits.masked_fill(~inside, -torch.inf).topk(topk, 1).indices)
-
-
-RACES = {
-    "paged": partial(against_deep_gemm.paged_mqa_logits_cases, shapes=[(2, 192, 1), (5, 130, 3)]),
-    "prefill": partial(against_deep_gemm.mqa_logits_cases, shapes=[(6, 140)]),
-    "einsum": partial(
-        against_deep_gemm.fp8_einsum_cases, tokens_of=[1, 5], groups=2, cols=128, depth=256
-    ),
-    "prenorm": partial(against_deep_gemm.hc_prenorm_gemm_cases, tokens_of=[3], depth=512),
-    "topk": partial(
-        against_deep_gemm.paged_mqa_topk_cases,
-        shapes=[(6, 128)],
-        topk=16,
-        function=select,
-        vllm_ops=types.SimpleNamespace(gather=gather, top_k=top_k),
-    ),
-}
-
-
-@pytest.fixture
-def where(monkeypatch):
-    """The device that kernels run on here, with two input sets a row."""
-    monkeypatch.setattr(against_deep_gemm, "input_sets", lambda bytes_of_one, device: 2)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@pytest.mark.parametrize("name", RACES)
-def test_each_op_is_raced_as_vllm_calls_deep_gemm(where, name):
-    cases = list(RACES[name](StandInDeepGemm, where))
-    assert cases
-    for case in cases:
-        calls, errors, refused = against_deep_gemm.gate(case)
-        assert refused == {}
-        assert {"ours", "deep_gemm"} <= set(errors)
-        if where.type == "cpu" and name == "prenorm":
-            case = dataclasses.replace(case, tolerance=INTERPRETED_PRENORM)
-        assert against_deep_gemm.red_variants(case, errors) == [], errors
-        assert [len(variant) for variant in calls.values()] == [2] * len(calls)
-        assert min(case.bytes, case.flops) > 0
-    assert list(RACES[name](None, where))[0].peers.get("deep_gemm") is None
-
-
-@pytest.mark.contract
-@pytest.mark.parametrize("sms", [84, 132, 188])
-@pytest.mark.parametrize("depth", [4096, 16_384, 28_672])
-def test_deep_gemm_gets_as_many_splits_as_vllm_gives_it(sms, depth):
-    # Importing the module would want CUDA and TileLang.
-    where = importlib.util.find_spec("vllm").submodule_search_locations[0]
-    path = Path(where) / "model_executor/kernels/mhc/tilelang_kernels.py"
-    module = ast.parse(path.read_text(encoding="utf-8"))
-    (function,) = [n for n in module.body if getattr(n, "name", "") == "compute_num_split"]
-    properties = types.SimpleNamespace(multi_processor_count=sms)
-    cuda = types.SimpleNamespace(get_device_properties=lambda index: properties)
-    names = {
-        "cache": lambda function: function,
-        "cdiv": lambda a, b: -(-a // b),
-        "torch": types.SimpleNamespace(cuda=cuda),
-    }
-    exec(ast.unparse(function), names)
-    for tokens in (1, 63, 64, 65, 500, 4096, 100_000):
-        expected = names["compute_num_split"](64, depth, -(-tokens // 64))
-        assert against_deep_gemm.vllm_splits(tokens, depth, sms=sms) == expected
-
-
-def test_a_deep_gemm_that_is_wrong_or_refuses_gets_no_time(where):
-    class Wrong(StandInDeepGemm):
-        @staticmethod
-        def fp8_fp4_mqa_logits(*args, **kwargs):
-            logits = StandInDeepGemm.fp8_fp4_mqa_logits(*args, **kwargs)
-            return logits + 0.01 * logits.abs().max()
-
-    class Refusing(StandInDeepGemm):
-        @staticmethod
-        def fp8_fp4_mqa_logits(*args, **kwargs):
-            raise RuntimeError("Unsupported architecture\nstack")
-
-    (case,) = RACES["prefill"](Wrong, where)
-    row = against_deep_gemm.measure(case, copy_rate=1e12)
-    assert (row["red"], row["median_us"]) == (["deep_gemm"], {})
-    cells = against_deep_gemm.table_cells(row)
-    assert cells[2:7] == ["-"] * 5
-    assert cells[7] == "[red]red: deep_gemm[/]"
-    (case,) = RACES["prefill"](Refusing, where)
-    calls, errors, refused = against_deep_gemm.gate(case)
-    assert (list(calls), list(errors)) == (["ours"], ["ours"])
-    assert refused == {"deep_gemm": "Unsupported architecture"}
-    assert against_deep_gemm.red_variants(case, {"ours": float("nan")}) == ["ours"]
-
-
-def test_a_whole_race_is_printed_and_written(where, monkeypatch, tmp_path):
-    """All but CUDA itself: graphs, events and the allocator are stood in for."""
-    order = []
-
-    def timed(variants, *, calls, rounds):
-        order.append(list(variants))
-        return {name: Timing(100.0 + 10 * i, 1.0) for i, name in enumerate(variants)}
-
-    def cases(name):
-        return lambda peer, device, **more: RACES[name](peer, where)
-
-    races = {"paged_mqa_logits": "paged", "paged_mqa_topk": "topk", "fp8_einsum": "einsum"}
-    monkeypatch.setattr(against_deep_gemm, "CASES", {op: cases(n) for op, n in races.items()})
-    for name, value in {
-        "load_deep_gemm": lambda: StandInDeepGemm,
-        "load_vllm_ops": lambda: "vLLM's operators are not here",
-        "load_topk": lambda: select,
-        "copy_bandwidth": lambda: 4e12,
-        "interleaved": timed,
-        "extra_memory": lambda call: 3 << 20,
-        "repetitions": lambda call, sets: (sets, 7),
-    }.items():
-        monkeypatch.setattr(against_deep_gemm, name, value)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    result = tmp_path / "result.json"
-    options = [part for op in races for part in ("--only", op)]
-    ran = CliRunner().invoke(against_deep_gemm.app, [*options, "--json", str(result)])
-    assert isinstance(ran.exception, SystemExit), ran.exception
-    assert ran.exit_code == 1  # for the floor that is missed below
-    assert "vLLM's operators are not here" in ran.output
-    assert "0.91" in ran.output
-    written = json.loads(result.read_text())
-    assert [row["op"] for row in written["rows"]] == [
-        *["paged_mqa_logits"] * 2,
-        "paged_mqa_topk",
-        *["fp8_einsum"] * 2,
-    ]
-    assert (
-        order
-        == [["ours", "deep_gemm"]] * 2
-        + [["ours", "logits, top-k", "deep_gemm"]]
-        + [["ours", "deep_gemm"]] * 2
-    )
-    assert written["rows"][2]["extra_bytes"]["deep_gemm"] == 3 << 20
-    assert written["rows"][0]["ratio"] == pytest.approx(100 / 110)
-    # One token of this small einsum moves next to nothing in 100 us.
-    assert "of the copy bandwidth, not 60%" in written["rows"][3]["missed"][0]
-
-
-def test_logits_past_a_context_must_be_minus_infinity():
-    expected = torch.tensor([[1.0, 2.0, -torch.inf]])
-    assert against_deep_gemm.logits_error(expected.clone(), expected) == 0
-    assert against_deep_gemm.logits_error(torch.tensor([[1.0, 2.0, 0.0]]), expected) == float("inf")
-    unclean = torch.tensor([[1.0, 2.0, 9.0]])
-    assert against_deep_gemm.logits_difference(unclean, expected) == 0
-    assert against_deep_gemm.logits_difference(unclean + 1, expected) > 0.1
-
-
-def test_a_selection_is_judged_by_its_scores():
-    logits = torch.tensor([[5.0, 1.0, 4.0, 3.0], [4.0, 4.0, 4.0, 1.0]])
-
-    def error(*rows):
-        return against_deep_gemm.selection_error(torch.tensor(rows, dtype=torch.int32), logits)
-
-    assert error([0, 2], [1, 0]) == 0  # of a tie, any
-    assert error([0, 3], [1, 2]) == pytest.approx(1 / 4)
-    for wrong in ([0, 0], [0, -1], [0, 4]):
-        assert error(wrong, [0, 1]) == float("inf")
-    a, b = torch.tensor([[3, 1, 2], [5, 6, 7]]), torch.tensor([[1, 2, 3], [7, 8, 9]])
-    assert against_deep_gemm.selection_difference(a, b) == pytest.approx(2 / 6)
-
-
-def test_the_floors_of_a_race():
-    judged = types.SimpleNamespace(bytes=10**9, flops=2 * 10**9, copy_share=0.6)
-    passed = against_deep_gemm.judge({"ours": 400.0, "deep_gemm": 200.0}, judged, copy_rate=4e12)
-    assert passed["copy_share"] == pytest.approx(0.625)
-    assert passed["flops_per_second"] == pytest.approx(5e12)
-    assert (passed["ratio"], passed["missed"]) == (2.0, [])
-    assert passed["floors"] == {"copy_share": 0.6, "ratio": 2.5}
-    missed = against_deep_gemm.judge({"ours": 600.0, "deep_gemm": 200.0}, judged, copy_rate=4e12)
-    assert missed["missed"] == ["42% of the copy bandwidth, not 60%", "3.00 x DeepGEMM, not 2.5"]
-    alone = against_deep_gemm.judge({"ours": 400.0}, judged, copy_rate=4e12)
-    assert alone["floors"] == {"copy_share": 0.6}
-
-
-def test_a_result_becomes_a_markdown_table(tmp_path):
-    row = {"op": "mqa_logits", "shape": "2 x 3 keys", "note": "", "refused": {}, "missed": []}
-    row |= {"error": {"ours": 1e-6, "deep_gemm": 2e-4}, "red": [], "floors": {"ratio": 2.5}}
-    row |= {"median_us": {"ours": 20.0, "deep_gemm": 10.0}, "ratio": 2.0, "copy_share": 0.25}
-    row |= {"flops_per_second": 3e12}
-    red = {**row, "red": ["ours"], "median_us": {}}
-    result = tmp_path / "result.json"
-    result.write_text(json.dumps({"rows": [row, red]}))
-    ran = CliRunner().invoke(against_deep_gemm.app, ["--show", str(result)])
-    assert ran.exit_code == 0, ran.output
-    cells = "| `mqa_logits` 2 x 3 keys | 20.0 | 10.0 | 2.00 | 25% | 3 | 2e-04 |"
-    assert ran.output.splitlines()[2:] == [cells]
 
 
 def run_without_toolkit(tmp_path, *arguments, code):

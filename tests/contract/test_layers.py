@@ -26,7 +26,8 @@ MAY_IMPORT = {
     "doctor": {"preflight", "plugin", "changes", "vllm_api", *LEAVES},
     "demo": {"demo", "tiny_checkpoint", "ops", *LEAVES},
     "tune": {"tune", "integration", "vllm_api", *LEAVES},
-    "cli": {"doctor", "preflight", "demo", "tiny_checkpoint", "tune", *LEAVES},
+    "bench": {"bench", "ops", "vllm_api", *LEAVES},
+    "cli": {"doctor", "preflight", "demo", "tiny_checkpoint", "tune", "bench", *LEAVES},
     "__main__": {"cli"},
 }
 # What vLLM, half imported, calls or half-dead machines run: no heavy import at the top of these.

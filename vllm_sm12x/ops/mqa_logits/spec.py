@@ -83,7 +83,7 @@ MQA_LOGITS = OpSpec(
         MqaLogitsShape(129, 33_001, heads=128),
     ),
     bench=(
-        MqaLogitsShape(4096, 4096),
-        MqaLogitsShape(4096, 32_768),
+        MqaLogitsShape(4096, 4096, ranges="full"),
+        MqaLogitsShape(4096, 32_768, ranges="full"),
     ),
 )

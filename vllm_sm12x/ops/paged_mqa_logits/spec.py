@@ -107,9 +107,9 @@ PAGED_MQA_LOGITS = OpSpec(
         for next_n in (1, 3)
     ),
     bench=tuple(
-        PagedMqaLogitsShape(requests, context // 4, next_n=next_n)
-        for requests in (1, 8, 32)
-        for context in (4096, 32_768, 131_072)
+        PagedMqaLogitsShape(requests, keys, next_n=next_n)
         for next_n in (1, 3)
+        for keys in (4096, 32_768, 131_072)
+        for requests in (1, 8, 32)
     ),
 )

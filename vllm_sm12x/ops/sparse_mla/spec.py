@@ -145,9 +145,13 @@ SPARSE_MLA = OpSpec(
         SparseMlaShape(300, heads=128, extra=512),
         SparseMlaShape(1031, heads=64, extra=512, lens="ragged", swa_block=256),
     ),
-    bench=tuple(
-        SparseMlaShape(tokens, extra=extra, rows=65536)
-        for extra in (0, 512, 1024)
-        for tokens in (1, 16, 64, 256, 512)
+    bench=(
+        *(
+            SparseMlaShape(tokens, heads=heads, extra=extra, rows=65536)
+            for heads in (64, 128)
+            for extra in (0, 512, 1024)
+            for tokens in (1, 16, 64, 256, 512)
+        ),
+        SparseMlaShape(512, heads=128, extra=1664, rows=65536),
     ),
 )

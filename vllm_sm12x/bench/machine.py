@@ -3,13 +3,12 @@
 
 import datetime
 import json
-import os
 import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def describe_machine(revision: str | None = None) -> dict[str, Any]:
@@ -22,6 +21,7 @@ def describe_machine(revision: str | None = None) -> dict[str, Any]:
     import torch
 
     import vllm_sm12x
+    from vllm_sm12x import knobs
     from vllm_sm12x.device import Device, first_visible_device
 
     found = first_visible_device()
@@ -29,7 +29,7 @@ def describe_machine(revision: str | None = None) -> dict[str, Any]:
     is_sm12x = device is not None and device.capability[0] == 12
     revision = revision or _git_revision()
     return {
-        "label": "native" if is_sm12x and not os.environ.get("VLLM_SM12X_ASSUME") else "proxy",
+        "label": "native" if is_sm12x and not knobs.get("VLLM_SM12X_ASSUME") else "proxy",
         "gpu": device.name if device else "none",
         "gpus": torch.cuda.device_count(),
         "capability": list(device.capability) if device else None,

@@ -1,0 +1,384 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm-sm12x bench`: every peer is called as vLLM calls it, and only what is right gets a time."""
+
+import ast
+import dataclasses
+import importlib.util
+import inspect
+import json
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from flashinfer.mla import trtllm_batch_decode_sparse_mla_dsv4
+from typer.testing import CliRunner
+
+from vllm_sm12x import bench
+from vllm_sm12x.bench import attention, indexer, projections, race, report
+from vllm_sm12x.bench.timing import Timing
+from vllm_sm12x.cli import app
+from vllm_sm12x.ops.fp8_einsum.spec import FP8_EINSUM, Fp8EinsumShape
+from vllm_sm12x.ops.hc_head.spec import HcHeadShape
+from vllm_sm12x.ops.hc_post.spec import HcPostShape
+from vllm_sm12x.ops.hc_pre.spec import HcPreShape
+from vllm_sm12x.ops.hc_prenorm_gemm.spec import HC_PRENORM_GEMM, HcPrenormGemmShape
+from vllm_sm12x.ops.mqa_logits.spec import MQA_LOGITS, MqaLogitsShape
+from vllm_sm12x.ops.paged_mqa_logits.spec import PAGED_MQA_LOGITS, PagedMqaLogitsShape
+from vllm_sm12x.ops.paged_mqa_topk.spec import PagedMqaTopkShape
+from vllm_sm12x.ops.sparse_mla.spec import SPARSE_MLA, SparseMlaShape
+from vllm_sm12x.ops.specs import SPECS
+from vllm_sm12x.vllm_api.peers import Peers, find_peers
+
+pytestmark = pytest.mark.once
+
+RATES = {"copy": 4e12, "bf16": 8e14, "fp8": 16e14}
+LOGITS_OF_PADDING = 7.0
+# The weights are two bf16 terms, and Triton's interpreter truncates each, at most 2^-7 of it.
+INTERPRETED_PRENORM = 2.0**-14
+
+
+class StandInDeepGemm:
+    """DeepGEMM's functions as vLLM 0.26 calls them on SM90, computed by the oracles.
+
+    As there: more than two rows a request are refused, and what is past a context is not cleaned.
+    """
+
+    @staticmethod
+    def get_paged_mqa_logits_metadata(context_lens, block_size, num_sms):
+        assert context_lens.dim() == 2
+        return torch.zeros(num_sms + 1, 2, dtype=torch.int32)
+
+    @staticmethod
+    def fp8_fp4_paged_mqa_logits(q, cache, weights, lens, table, schedule, max_model_len, **rest):
+        values, scale = q
+        assert scale is None
+        assert rest == {"clean_logits": False}
+        assert values.shape[1] in (1, 2)
+        assert lens.shape == values.shape[:2]
+        assert (lens.dtype, lens.is_contiguous()) == (torch.int32, True)
+        arguments = (values, cache, weights, lens, table)
+        logits = PAGED_MQA_LOGITS.oracle(*arguments, max_model_len=max_model_len)
+        return logits.masked_fill(logits.isinf(), LOGITS_OF_PADDING)
+
+    @staticmethod
+    def fp8_fp4_mqa_logits(q, kv, weights, ks, ke, clean_logits):
+        logits = MQA_LOGITS.oracle(q[0], *kv, weights, ks, ke)
+        return logits.masked_fill(logits.isinf(), LOGITS_OF_PADDING)
+
+    @staticmethod
+    def transform_sf_into_required_layout(sf, mn, k, recipe, num_groups, is_sfa):
+        assert sf.shape == (num_groups, mn // recipe[1], k // recipe[2])
+        return sf
+
+    @staticmethod
+    def fp8_einsum(equation, a, b, out, recipe):
+        assert (equation, recipe) == ("bhr,hdr->bhd", (1, 128, 128))
+        tokens, _, steps = a[1].shape
+        aligned = -(-tokens // 4) * 4
+        assert a[1].stride() == (1, steps * aligned, aligned)
+        out.copy_(FP8_EINSUM.oracle(*a, *b))
+
+    @staticmethod
+    def tf32_hc_prenorm_gemm(x, fn, out, sqrsum, num_split):
+        assert out.shape[0] == sqrsum.shape[0] == num_split
+        for target, result in zip((out, sqrsum), HC_PRENORM_GEMM.oracle(x, fn), strict=True):
+            target.copy_(result / num_split)
+
+
+def gather(cache, k, scale, table, ends):
+    assert ends.tolist() == [0, len(k)]
+    rows = cache.flatten(1)[table[0].long()]
+    k.copy_(rows[:, : 64 * 128].contiguous().view(torch.float8_e4m3fn).view(-1, 128))
+    scale.copy_(rows[:, 64 * 128 :].contiguous().view(-1, 4))
+
+
+def top_k(logits, starts, ends, chosen, rows, stride0, stride1, topk):
+    assert (rows, stride0, stride1) == (len(logits), *logits.stride())
+    inside = torch.arange(logits.shape[1], device=logits.device) < ends[:, None]
+    chosen.copy_(logits.masked_fill(~inside, -torch.inf).topk(topk, 1).indices)
+
+
+def flash_mla(**arguments):
+    """FlashMLA's function, by our oracle: a batch of single-token queries, caches with a head."""
+    assert arguments["q"].shape[1] == arguments["indices"].shape[1] == 1
+    assert (arguments["is_fp8_kvcache"], arguments["head_dim_v"]) == (True, 512)
+    extra = {}
+    if "extra_k_cache" in arguments:
+        extra = {
+            "extra_cache": arguments["extra_k_cache"].squeeze(-2),
+            "extra_indices": arguments["extra_indices_in_kvcache"].squeeze(1),
+            "extra_lens": arguments["extra_topk_length"],
+        }
+    out = SPARSE_MLA.oracle(
+        arguments["q"].squeeze(1),
+        arguments["k_cache"].squeeze(-2),
+        arguments["indices"].squeeze(1),
+        arguments["topk_length"],
+        softmax_scale=arguments["softmax_scale"],
+        sink=arguments["attn_sink"],
+        **extra,
+    )
+    arguments["out"].copy_(out.unsqueeze(1))
+
+
+def flashinfer(**arguments):
+    """FlashInfer's, which takes what its signature has."""
+    inspect.signature(trtllm_batch_decode_sparse_mla_dsv4).bind(**arguments)
+    assert arguments["kv_layout"] == "NHD"
+    extra = {}
+    if "extra_sparse_indices" in arguments:
+        extra = {
+            "extra_cache": arguments["compressed_kv_cache"].squeeze(-2),
+            "extra_indices": arguments["extra_sparse_indices"].squeeze(1),
+            "extra_lens": arguments["extra_sparse_topk_lens"],
+        }
+    out = SPARSE_MLA.oracle(
+        arguments["query"],
+        arguments["swa_kv_cache"].squeeze(-2),
+        arguments["sparse_indices"],
+        arguments["swa_topk_lens"],
+        softmax_scale=arguments["bmm1_scale"],
+        sink=arguments["sinks"],
+        **extra,
+    )
+    arguments["out"].copy_(out)
+
+
+PEERS = Peers(
+    deep_gemm=StandInDeepGemm,
+    indexer=SimpleNamespace(gather=gather, top_k=top_k),
+    flash_mla=SimpleNamespace(flash_mla_with_kvcache=flash_mla, get_mla_metadata=lambda: [None]),
+    flashinfer=flashinfer,
+)
+# Small shapes for the interpreter, by the op's name in the command.
+SHAPES = {
+    "sparse_mla": [
+        SparseMlaShape(3, heads=64, swa=17, extra=21, rows=70),
+        SparseMlaShape(1, heads=64, swa=16, extra=0, rows=64),
+    ],
+    "paged_mqa_logits": [PagedMqaLogitsShape(2, 192), PagedMqaLogitsShape(5, 130, next_n=3)],
+    "mqa_logits": [MqaLogitsShape(6, 140, ranges="full")],
+    "fp8_einsum": [Fp8EinsumShape(t, groups=8, cols=128, depth=256) for t in (1, 5)],
+    "hc_prenorm_gemm": [HcPrenormGemmShape(3, depth=512)],
+    "hc_pre": [HcPreShape(3, width=64)],
+    "hc_post": [HcPostShape(3, width=64)],
+    "hc_head": [HcHeadShape(3, width=64)],
+    "paged_mqa_topk": [PagedMqaTopkShape(6, 128, 16)],
+}
+EXPECTED = {
+    "sparse_mla": {"flash_mla", "flashinfer"},
+    **dict.fromkeys(("hc_pre", "hc_post", "hc_head"), {"torch"}),
+    "hc_prenorm_gemm": {"deep_gemm", "torch"},
+    "paged_mqa_topk": {"deep_gemm", "logits, top-k"},
+}
+
+
+def cases(op, where, peers=PEERS):
+    return list(bench.CASES[op](peers, where, shapes=SHAPES[op]))
+
+
+@pytest.fixture
+def where(monkeypatch):
+    """The device that kernels run on here, with two input sets a row."""
+    for module in (attention, indexer, projections):
+        monkeypatch.setattr(module, "input_sets", lambda bytes_of_one, device: 2)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_every_op_has_a_race():
+    assert set(bench.CASES) == {spec.name for spec in SPECS}
+
+
+@pytest.mark.parametrize("op", SHAPES)
+def test_each_op_is_raced_as_vllm_calls_its_peers(where, op):
+    for case in cases(op, where):
+        calls, errors, refused = race.gate(case)
+        assert refused == {}
+        assert set(errors) == {"ours", *EXPECTED.get(op, {"deep_gemm"})}
+        if where.type == "cpu" and op == "hc_prenorm_gemm":
+            case = dataclasses.replace(case, tolerance=INTERPRETED_PRENORM)
+        assert race.red_variants(case, errors) == [], errors
+        assert [len(variant) for variant in calls.values()] == [2] * len(calls)
+        assert min(case.bytes, case.flops) > 0
+    alone = cases(op, where, Peers())[0]
+    assert set(alone.peers) <= {"torch"}
+
+
+def test_peers_with_other_heads_are_refused_in_words(where):
+    shapes = [SparseMlaShape(1, heads=5, swa=16, extra=0, rows=64)]
+    (case,) = bench.CASES["sparse_mla"](PEERS, where, shapes=shapes)
+    _, errors, refused = race.gate(case)
+    assert list(errors) == ["ours"]
+    assert refused == {
+        "flash_mla": "FlashMLA takes 64 or 128 heads, not 5",
+        "flashinfer": "FlashInfer takes 16, 32, 64 or 128 heads, not 5",
+    }
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("sms", [84, 132, 188])
+@pytest.mark.parametrize("depth", [4096, 16_384, 28_672])
+def test_deep_gemm_gets_as_many_splits_as_vllm_gives_it(sms, depth):
+    # Importing the module would want CUDA and TileLang.
+    where = importlib.util.find_spec("vllm").submodule_search_locations[0]
+    path = Path(where) / "model_executor/kernels/mhc/tilelang_kernels.py"
+    module = ast.parse(path.read_text(encoding="utf-8"))
+    (function,) = [n for n in module.body if getattr(n, "name", "") == "compute_num_split"]
+    properties = SimpleNamespace(multi_processor_count=sms)
+    cuda = SimpleNamespace(get_device_properties=lambda index: properties)
+    names = {
+        "cache": lambda function: function,
+        "cdiv": lambda a, b: -(-a // b),
+        "torch": SimpleNamespace(cuda=cuda),
+    }
+    exec(ast.unparse(function), names)
+    for tokens in (1, 63, 64, 65, 500, 4096, 100_000):
+        expected = names["compute_num_split"](64, depth, -(-tokens // 64))
+        assert projections.vllm_splits(tokens, depth, sms=sms) == expected
+
+
+def test_a_deep_gemm_that_is_wrong_or_refuses_gets_no_time(where):
+    class Wrong(StandInDeepGemm):
+        @staticmethod
+        def fp8_fp4_mqa_logits(*args, **kwargs):
+            logits = StandInDeepGemm.fp8_fp4_mqa_logits(*args, **kwargs)
+            return logits + 0.01 * logits.abs().max()
+
+    class Refusing(StandInDeepGemm):
+        @staticmethod
+        def fp8_fp4_mqa_logits(*args, **kwargs):
+            raise RuntimeError("Unsupported architecture\nstack")
+
+    (case,) = cases("mqa_logits", where, Peers(deep_gemm=Wrong))
+    row = race.measure(case, RATES)
+    assert (row["red"], row["median_us"]) == (["deep_gemm"], {})
+    cells = report.table_cells(row)
+    assert cells[2:7] == ["-"] * 5
+    assert cells[7] == "[red]red: deep_gemm[/]"
+    assert report.markdown_table([row]).count("\n") == 2
+    (case,) = cases("mqa_logits", where, Peers(deep_gemm=Refusing))
+    calls, errors, refused = race.gate(case)
+    assert (list(calls), list(errors)) == (["ours"], ["ours"])
+    assert refused == {"deep_gemm": "Unsupported architecture"}
+    assert race.red_variants(case, {"ours": float("nan")}) == ["ours"]
+
+
+@pytest.fixture
+def on_a_gpu(where, monkeypatch):
+    """All but CUDA itself: graphs, events and the allocator are stood in for."""
+    order = []
+
+    def timed(variants, *, calls, rounds):
+        order.append(list(variants))
+        return {name: Timing(100.0 + 10 * i, 1.0) for i, name in enumerate(variants)}
+
+    races = {op: partial(bench.CASES[op], shapes=SHAPES[op]) for op in SHAPES}
+    monkeypatch.setattr(bench, "CASES", races)
+    monkeypatch.setattr(bench, "find_peers", lambda: PEERS)
+    monkeypatch.setattr(bench, "measured_rates", lambda: RATES)
+    monkeypatch.setattr(race, "interleaved", timed)
+    monkeypatch.setattr(race, "extra_memory", lambda call: 3 << 20)
+    monkeypatch.setattr(race, "repetitions", lambda call, sets: (sets, 7))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    if where.type == "cpu":
+        monkeypatch.setattr(bench.torch, "device", lambda *_: where)
+    return order
+
+
+def test_a_whole_race_is_printed_written_and_drawn(on_a_gpu, tmp_path):
+    result, plot = tmp_path / "result.json", tmp_path / "race.png"
+    ops = ["paged_mqa_logits", "paged_mqa_topk", "fp8_einsum"]
+    ran = CliRunner().invoke(
+        app, ["bench", *ops, "--json", str(result), "--plot", str(plot), "--markdown"]
+    )
+    assert isinstance(ran.exception, SystemExit), ran.exception
+    assert ran.exit_code == 1, ran.output  # for the floor that is missed below
+    assert "DeepGEMM 110.0 ± 1.0" in ran.output
+    assert "| `paged_mqa_logits` batch 2, 192 keys, next_n 1 | 100.0 | DeepGEMM | 110.0 | 0.91" in (
+        ran.output
+    )
+    written = json.loads(result.read_text())
+    assert [row["op"] for row in written["rows"]] == [
+        *["paged_mqa_logits"] * 2,
+        "paged_mqa_topk",
+        *["fp8_einsum"] * 2,
+    ]
+    assert (
+        on_a_gpu
+        == [["ours", "deep_gemm"]] * 2
+        + [["ours", "logits, top-k", "deep_gemm"]]
+        + [["ours", "deep_gemm"]] * 2
+    )
+    first = written["rows"][0]
+    assert written["rows"][2]["extra_bytes"]["deep_gemm"] == 3 << 20
+    assert first["ratios"]["deep_gemm"] == pytest.approx(100 / 110)
+    assert first["floor_us"] == pytest.approx(first["bytes"] / 4e12 * 1e6)
+    # One token of this small einsum moves next to nothing in 100 us.
+    assert "of the copy bandwidth, not 60%" in written["rows"][3]["missed"][0]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+    shown = CliRunner().invoke(app, ["bench", "--show", str(result), "--markdown"])
+    assert shown.exit_code == 1
+    table = ran.output[ran.output.index("| op |") : ran.output.index("drawn: ")]
+    assert shown.output == table
+
+
+def test_a_floor_that_is_missed_is_named(where):
+    (case,) = [c for c in cases("mqa_logits", where)]
+    case = dataclasses.replace(case, bytes=10**9, flops=2 * 10**9, copy_share=0.6)
+    passed = race.judge({"ours": 400.0, "deep_gemm": 200.0}, case, RATES)
+    assert passed["copy_share"] == pytest.approx(0.625)
+    assert passed["flops_per_second"] == pytest.approx(5e12)
+    assert passed["floor_us"] == pytest.approx(250.0)
+    assert (passed["ratios"], passed["missed"]) == ({"deep_gemm": 2.0}, [])
+    assert passed["floors"] == {"copy_share": 0.6, "ratio": 2.5}
+    missed = race.judge({"ours": 600.0, "deep_gemm": 200.0}, case, RATES)
+    assert missed["missed"] == ["42% of the copy bandwidth, not 60%", "3.00 x DeepGEMM, not 2.5"]
+    alone = race.judge({"ours": 400.0}, case, RATES)
+    assert alone["floors"] == {"copy_share": 0.6}
+    bound = race.judge({"ours": 400.0}, dataclasses.replace(case, flops=10**12), RATES)
+    assert bound["floor_us"] == pytest.approx(1e12 / RATES["fp8"] * 1e6)
+
+
+def test_what_cannot_be_raced_is_said(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    ran = CliRunner().invoke(app, ["bench"])
+    assert ran.exit_code == 2 and "no NVIDIA GPU" in ran.output
+    ran = CliRunner().invoke(app, ["bench", "flash_attention"])
+    assert ran.exit_code == 2
+    assert "unknown op flash_attention; there are sparse_mla, fp8_einsum" in ran.output
+
+
+@pytest.mark.contract
+def test_a_peer_that_is_not_here_says_why():
+    peers = find_peers()
+    for name in ("deep_gemm", "indexer", "flash_mla", "flashinfer"):
+        assert (getattr(peers, name) is None) == (name in peers.absent)
+    if not torch.cuda.is_available():
+        assert peers.flash_mla is None and peers.absent["flash_mla"]
+
+
+def test_logits_past_a_context_must_be_minus_infinity():
+    expected = torch.tensor([[1.0, 2.0, -torch.inf]])
+    assert indexer.logits_error(expected.clone(), expected) == 0
+    assert indexer.logits_error(torch.tensor([[1.0, 2.0, 0.0]]), expected) == float("inf")
+    unclean = torch.tensor([[1.0, 2.0, 9.0]])
+    assert indexer.logits_difference(unclean, expected) == 0
+    assert indexer.logits_difference(unclean + 1, expected) > 0.1
+
+
+def test_a_selection_is_judged_by_its_scores():
+    logits = torch.tensor([[5.0, 1.0, 4.0, 3.0], [4.0, 4.0, 4.0, 1.0]])
+
+    def error(*rows):
+        return indexer.selection_error(torch.tensor(rows, dtype=torch.int32), logits)
+
+    assert error([0, 2], [1, 0]) == 0  # of a tie, any
+    assert error([0, 3], [1, 2]) == pytest.approx(1 / 4)
+    for wrong in ([0, 0], [0, -1], [0, 4]):
+        assert error(wrong, [0, 1]) == float("inf")
+    a, b = torch.tensor([[3, 1, 2], [5, 6, 7]]), torch.tensor([[1, 2, 3], [7, 8, 9]])
+    assert indexer.selection_difference(a, b) == pytest.approx(2 / 6)

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One row of a race: the same call of ours and of its peers, over inputs that push out each other.
+
+Rows come from the bench shapes of `ops/specs.py`.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from vllm_sm12x.ops.op_spec import OpSpec
+from vllm_sm12x.vllm_api.peers import Peers
+
+Call = Callable[[], Any]
+# Builds a peer's calls, one for each set of inputs; RuntimeError says why it cannot be run here.
+Build = Callable[[], list[Call]]
+
+
+class NotHereError(RuntimeError):
+    """A peer cannot be run on this machine, in words."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row.
+
+    Attributes:
+        op, shape: names for a table.
+        series, at: the line of a plot that the row belongs to, and its place on the x axis.
+        ours: the same call over several input sets.
+        peers: by name.
+        error: of our result for the first input set, against the oracle.
+        difference: of a peer's result (first argument) from ours.
+        bytes, flops: that one call must move and compute.
+        matrix: "bf16" or "fp8", the matrix rate that bounds the FLOP.
+        copy_share: the least share of the copy bandwidth, where that is a goal.
+        memory: also measure the memory that a call takes beyond its inputs.
+    """
+
+    op: str
+    shape: str
+    series: str
+    at: int
+    ours: list[Call]
+    error: Callable[[Any], float]
+    tolerance: float
+    bytes: int
+    flops: int
+    peers: dict[str, Build] = field(default_factory=dict)
+    difference: Callable[[Any, Any], float] = lambda theirs, ours: math.nan
+    peer_tolerance: float = 0.0
+    matrix: str = "bf16"
+    copy_share: float | None = None
+    note: str = ""
+    memory: bool = False
+
+
+def input_sets(bytes_of_one: int, device: torch.device) -> int:
+    """How many sets of inputs push each other out of L2 before one is used again."""
+    if device.type != "cuda":
+        return 2
+    l2 = torch.cuda.get_device_properties(device).L2_cache_size
+    return min(300, max(2, math.ceil(3 * l2 / bytes_of_one)))
+
+
+def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
+    """||out - expected|| / ||expected||."""
+    return ((out.float() - expected).norm() / expected.norm()).item()
+
+
+def oracle_error(op: OpSpec, inputs: dict[str, Any], out: torch.Tensor) -> float:
+    """Of an op with one result: its relative error."""
+    return relative_error(out, op.oracle(**inputs).float())
+
+
+def calls_of(call_of: Callable[..., Call], sets: list[dict[str, Any]]) -> list[Call]:
+    """One call for each set of inputs."""
+    return [call_of(inputs) for inputs in sets]
+
+
+def deep_gemm_peer(
+    peers: Peers, call_of: Callable[..., Call], sets: list[dict[str, Any]]
+) -> dict[str, Build]:
+    """DeepGEMM's calls as peers of a case; none without DeepGEMM."""
+    if peers.deep_gemm is None:
+        return {}
+    return {"deep_gemm": partial(calls_of, partial(call_of, peers.deep_gemm), sets)}
