@@ -29,6 +29,7 @@ from vllm_sm12x.ops.paged_mqa_logits.spec import PAGED_MQA_LOGITS, PagedMqaLogit
 from vllm_sm12x.ops.paged_mqa_topk.spec import PagedMqaTopkShape
 from vllm_sm12x.ops.sparse_mla.spec import SPARSE_MLA, SparseMlaShape
 from vllm_sm12x.ops.specs import SPECS
+from vllm_sm12x.vllm_api import deep_gemm
 from vllm_sm12x.vllm_api.peers import Peers, find_peers
 
 pytestmark = pytest.mark.once
@@ -51,10 +52,12 @@ class StandInDeepGemm:
         return torch.zeros(num_sms + 1, 2, dtype=torch.int32)
 
     @staticmethod
-    def fp8_fp4_paged_mqa_logits(q, cache, weights, lens, table, schedule, max_model_len, **rest):
+    def fp8_fp4_paged_mqa_logits(
+        q, cache, weights, lens, table, schedule, max_model_len, clean_logits
+    ):
         values, scale = q
         assert scale is None
-        assert rest == {"clean_logits": False}
+        assert not clean_logits
         assert values.shape[1] in (1, 2)
         assert lens.shape == values.shape[:2]
         assert (lens.dtype, lens.is_contiguous()) == (torch.int32, True)
@@ -147,7 +150,7 @@ def flashinfer(**arguments):
 
 
 PEERS = Peers(
-    deep_gemm=StandInDeepGemm,
+    deep_gemm=deep_gemm,
     indexer=SimpleNamespace(gather=gather, top_k=top_k),
     flash_mla=SimpleNamespace(flash_mla_with_kvcache=flash_mla, get_mla_metadata=lambda: [None]),
     flashinfer=flashinfer,
@@ -184,6 +187,7 @@ def where(monkeypatch):
     """The device that kernels run on here, with two input sets a row."""
     for module in (attention, indexer, projections):
         monkeypatch.setattr(module, "input_sets", lambda bytes_of_one, device: 2)
+    monkeypatch.setattr(deep_gemm, "wrappers", lambda: StandInDeepGemm)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -239,7 +243,7 @@ def test_deep_gemm_gets_as_many_splits_as_vllm_gives_it(sms, depth):
         assert projections.vllm_splits(tokens, depth, sms=sms) == expected
 
 
-def test_a_deep_gemm_that_is_wrong_or_refuses_gets_no_time(where):
+def test_a_deep_gemm_that_is_wrong_or_refuses_gets_no_time(where, monkeypatch):
     class Wrong(StandInDeepGemm):
         @staticmethod
         def fp8_fp4_mqa_logits(*args, **kwargs):
@@ -251,14 +255,15 @@ def test_a_deep_gemm_that_is_wrong_or_refuses_gets_no_time(where):
         def fp8_fp4_mqa_logits(*args, **kwargs):
             raise RuntimeError("Unsupported architecture\nstack")
 
-    (case,) = cases("mqa_logits", where, Peers(deep_gemm=Wrong))
+    (case,) = cases("mqa_logits", where)
+    monkeypatch.setattr(deep_gemm, "wrappers", lambda: Wrong)
     row = race.measure(case, RATES)
     assert (row["red"], row["median_us"]) == (["deep_gemm"], {})
     cells = report.table_cells(row)
     assert cells[2:7] == ["-"] * 5
     assert cells[7] == "[red]red: deep_gemm[/]"
     assert report.markdown_table([row]).count("\n") == 2
-    (case,) = cases("mqa_logits", where, Peers(deep_gemm=Refusing))
+    monkeypatch.setattr(deep_gemm, "wrappers", lambda: Refusing)
     calls, errors, refused = race.gate(case)
     assert (list(calls), list(errors)) == (["ours"], ["ours"])
     assert refused == {"deep_gemm": "Unsupported architecture"}

@@ -130,15 +130,16 @@ def deep_gemm_paged(deep_gemm: Any, inputs: dict[str, Any]) -> Call:
         q, lens = q.flatten(0, 1).unsqueeze(1), lens.reshape(-1, 1)
         table = table.repeat_interleave(next_n, 0)
     sms = multiprocessors("q", q.device)
-    schedule = deep_gemm.get_paged_mqa_logits_metadata(lens, cache.shape[1], sms)
-    return lambda: deep_gemm.fp8_fp4_paged_mqa_logits(
-        (q, None),
+    schedule = deep_gemm.wrappers().get_paged_mqa_logits_metadata(lens, cache.shape[1], sms)
+    return partial(
+        deep_gemm.paged_mqa_logits,
+        q,
         cache,
         inputs["weights"],
         lens,
         table,
         schedule,
-        max_model_len=inputs["max_model_len"],
+        inputs["max_model_len"],
         clean_logits=False,
     )
 
@@ -179,14 +180,7 @@ def mqa_logits_cases(
 
 def deep_gemm_mqa(deep_gemm: Any, inputs: dict[str, Any]) -> Call:
     """The call as vLLM's indexer makes it."""
-    return lambda: deep_gemm.fp8_fp4_mqa_logits(
-        (inputs["q"], None),
-        (inputs["k"], inputs["k_scale"]),
-        inputs["weights"],
-        inputs["ks"],
-        inputs["ke"],
-        clean_logits=False,
-    )
+    return partial(deep_gemm.mqa_logits, **inputs)
 
 
 def paged_mqa_topk_cases(
@@ -237,7 +231,7 @@ def paged_mqa_topk_cases(
         if peers.indexer is not None:
             by = {"logits, top-k": MQA_LOGITS.function}
             if peers.deep_gemm is not None:
-                by["deep_gemm"] = partial(contiguous_deep_gemm, peers.deep_gemm)
+                by["deep_gemm"] = peers.deep_gemm.mqa_logits
             for name, logits in by.items():
                 select = partial(partial, gather_score_select, peers.indexer, logits)
                 builds[name] = partial(calls_of, select, sets)
@@ -258,20 +252,6 @@ def paged_mqa_topk_cases(
             note="peers: gather, logits, top-k",
             memory=True,
         )
-
-
-def contiguous_deep_gemm(
-    deep_gemm: Any,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    k_scale: torch.Tensor,
-    weights: torch.Tensor,
-    ks: torch.Tensor,
-    ke: torch.Tensor,
-) -> torch.Tensor:
-    """DeepGEMM's logits with the arguments of mqa_logits."""
-    inputs = {"q": q, "k": k, "k_scale": k_scale, "weights": weights, "ks": ks, "ke": ke}
-    return deep_gemm_mqa(deep_gemm, inputs)()
 
 
 def gather_score_select(

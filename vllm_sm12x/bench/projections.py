@@ -67,7 +67,8 @@ def fp8_einsum_cases(
 def deep_gemm_einsum(deep_gemm: Any, inputs: dict[str, Any]) -> Call:
     """The call as vLLM's output projection makes it on SM90: fp32 scales, recipe (1, 128, 128)."""
     groups, cols, depth = inputs["b"].shape
-    b_scale = deep_gemm.transform_sf_into_required_layout(
+    wrappers = deep_gemm.wrappers()
+    b_scale = wrappers.transform_sf_into_required_layout(
         sf=inputs["b_scale"],
         mn=cols,
         k=depth,
@@ -78,7 +79,7 @@ def deep_gemm_einsum(deep_gemm: Any, inputs: dict[str, Any]) -> Call:
     out = inputs["a"].new_empty((inputs["a"].shape[0], groups, cols), dtype=torch.bfloat16)
 
     def call() -> torch.Tensor:
-        deep_gemm.fp8_einsum(
+        wrappers.fp8_einsum(
             "bhr,hdr->bhd",
             (inputs["a"], inputs["a_scale"]),
             (inputs["b"], b_scale),
@@ -126,9 +127,10 @@ def deep_gemm_prenorm(deep_gemm: Any, inputs: dict[str, Any]) -> Call:
     splits = vllm_splits(tokens, depth, sms=multiprocessors("x", x.device))
     out = torch.empty(splits, tokens, len(fn), device=x.device)
     sqrsum = torch.empty(splits, tokens, device=x.device)
+    multiply = deep_gemm.wrappers().tf32_hc_prenorm_gemm
 
     def call() -> tuple[torch.Tensor, torch.Tensor]:
-        deep_gemm.tf32_hc_prenorm_gemm(x, fn, out, sqrsum, splits)
+        multiply(x, fn, out, sqrsum, splits)
         return out, sqrsum
 
     return call

@@ -13,7 +13,7 @@ class Peers:
     """What can be called here; None where it cannot, and `absent` says why by its name.
 
     Attributes:
-        deep_gemm: vLLM's wrappers of DeepGEMM, `vllm.utils.deep_gemm`.
+        deep_gemm: `vllm_api.deep_gemm`.
         indexer: `gather` and `top_k` of vLLM's indexer.
         flash_mla: vLLM's FlashMLA interface.
         flashinfer: FlashInfer's sparse MLA of DeepSeek V4 for SM12x.
@@ -38,8 +38,9 @@ def find_peers() -> Peers:
 
 
 def _deep_gemm() -> Any:
-    from vllm.utils import deep_gemm
     from vllm.utils.import_utils import has_deep_gemm
+
+    from vllm_sm12x.vllm_api import deep_gemm
 
     if not has_deep_gemm():
         raise ImportError("vLLM finds no DeepGEMM that it can import")
