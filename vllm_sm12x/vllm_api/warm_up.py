@@ -144,7 +144,9 @@ class Engine:
 
     def _new(self, name: str, tokens: int, sampling: str) -> NewRequestData:
         prompt = [token % 128 for token in range(tokens)]
-        request = Request(name, prompt, SamplingParams(**SAMPLING[sampling], max_tokens=2), None)
+        # The V2 runner takes the longest that a request can get from it.
+        params = SamplingParams(**SAMPLING[sampling], max_tokens=self._reserve)
+        request = Request(name, prompt, params, None)
         # Blocks may be those of another request: what is read from them was written there, and
         # nobody reads the result.
         room = tokens + self._reserve
