@@ -217,7 +217,7 @@ def test_peers_with_other_heads_are_refused_in_words(where):
     assert list(errors) == ["ours"]
     assert refused == {
         "flash_mla": "FlashMLA takes 64 or 128 heads, not 5",
-        "flashinfer": "FlashInfer takes 16, 32, 64 or 128 heads, not 5",
+        "flashinfer": "FlashInfer takes 8, 16, 32, 64 or 128 heads, not 5",
     }
 
 

@@ -21,7 +21,7 @@ from vllm_sm12x.ops.sparse_mla.spec import SPARSE_MLA, SparseMlaShape
 from vllm_sm12x.vllm_api.peers import Peers
 
 FLASH_MLA_HEADS = (64, 128)
-FLASHINFER_HEADS = (16, 32, 64, 128)
+FLASHINFER_HEADS = (8, 16, 32, 64, 128)
 FLASHINFER_WORKSPACE = 128 << 20  # what vLLM gives it
 
 
@@ -100,7 +100,7 @@ def flash_mla(interface: Any, inputs: dict[str, Any]) -> Call:
 def flashinfer(function: Any, inputs: dict[str, Any]) -> Call:
     """The same call of FlashInfer, as vLLM's backend for SM12x makes it."""
     if (heads := inputs["q"].shape[1]) not in FLASHINFER_HEADS:
-        raise NotHereError(f"FlashInfer takes 16, 32, 64 or 128 heads, not {heads}")
+        raise NotHereError(f"FlashInfer takes 8, 16, 32, 64 or 128 heads, not {heads}")
     out = torch.empty_like(inputs["q"])
     workspace = torch.zeros(FLASHINFER_WORKSPACE, dtype=torch.uint8, device=out.device)
     extra: dict[str, Any] = {}

@@ -23,7 +23,7 @@ def gate(case: Case) -> tuple[dict[str, list[Call]], dict[str, float], dict[str,
         try:
             built = build()
             built[0]()
-        except RuntimeError as error:  # also NotHereError, and what a kernel library refuses with
+        except (RuntimeError, ValueError) as error:  # NotHereError, and what libraries refuse with
             refused[name] = str(error).strip().splitlines()[0]
         else:
             calls[name] = built
