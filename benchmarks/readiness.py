@@ -216,7 +216,7 @@ def main(
         attention=label,
         mtp=mtp,
         vllm_args=args,
-        env=variables,
+        env={**variables, "VLLM_SM12X_COMPILE_LOG": compile_log.name},
         summary=summary,
         first_ten_ttft_seconds=first_tokens,
         compiled_after_ready=compiled,
