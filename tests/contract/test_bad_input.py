@@ -20,8 +20,8 @@ pytestmark = pytest.mark.contract
 STOCK_PLATFORM = "vllm.platforms.cuda.NvmlCudaPlatform"
 T4 = {"capability": "7.5", "name": "Tesla T4"}
 VLLM = Version(metadata.version("vllm"))
-# From 0.32 on vLLM loads plugins before it configures logging: warnings come without their level.
-AS_IT_IS = Version("0.32") <= VLLM
+# From 0.31 on vLLM loads plugins before it configures logging: warnings come without their level.
+AS_IT_IS = Version("0.31") <= VLLM
 
 # Variable, value, and what the refusal must say is allowed.
 BAD_SETTINGS = [
