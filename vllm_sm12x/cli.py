@@ -83,7 +83,10 @@ def bench(
     plot: Annotated[Path | None, typer.Option(help="A picture to write, as in bench.png.")] = None,
     markdown: Annotated[bool, typer.Option(help="Print a Markdown table as well.")] = False,
     show: Annotated[
-        Path | None, typer.Option(help="Print and draw this result; nothing is measured.")
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="Print and draw this result; nothing is measured."
+        ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Commit, for a tree without git.")] = None,
 ) -> None:

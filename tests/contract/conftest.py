@@ -4,8 +4,8 @@
 Two stub libraries, compiled here, come first on LD_LIBRARY_PATH of those processes: a libcuda
 without a device and an NVML that reports whatever GPU a test asks for. The plugin is built as a
 wheel and installed where only those processes find it, so that vLLM discovers it by entry points.
-A process costs some 5 s although it is forked from one that has imported torch and its like: tests
-share one per situation, through module-scoped fixtures.
+A process costs some 5 s, forked as it is from one that has imported torch and its like: tests share
+one per situation, through module-scoped fixtures.
 """
 
 import contextlib

@@ -25,13 +25,20 @@ from vllm_sm12x.bench.indexer import mqa_logits_cases, paged_mqa_logits_cases, p
 from vllm_sm12x.bench.machine import describe_machine, machine_line, write_result
 from vllm_sm12x.bench.projections import fp8_einsum_cases, hc_mix_cases, hc_prenorm_gemm_cases
 from vllm_sm12x.bench.race import measure
-from vllm_sm12x.bench.report import COLUMNS, draw, markdown_table, table_cells
+from vllm_sm12x.bench.report import (
+    COLUMNS,
+    draw,
+    markdown_table,
+    obstacle_to_drawing,
+    table_cells,
+)
 from vllm_sm12x.bench.timing import measured_rates
 from vllm_sm12x.ops.hc_head.spec import HC_HEAD
 from vllm_sm12x.ops.hc_post.spec import HC_POST
 from vllm_sm12x.ops.hc_pre.spec import HC_PRE
 from vllm_sm12x.vllm_api.peers import find_peers
 
+BENCHMARK = "ops"  # what a result file says that it is
 CASES: dict[str, Callable[..., Iterator[Case]]] = {
     "sparse_mla": sparse_mla_cases,
     "fp8_einsum": fp8_einsum_cases,
@@ -66,8 +73,14 @@ def run_bench(
     if unknown := [op for op in ops if op not in CASES]:
         console.print(f"[red]unknown op[/] {', '.join(unknown)}; there are {', '.join(CASES)}")
         return 2
+    if plot and (obstacle := obstacle_to_drawing(plot)):
+        console.print(escape(obstacle))
+        return 2
     if show:
         result = json.loads(show.read_text(encoding="utf-8"))
+        if result.get("benchmark") != BENCHMARK:
+            console.print(f"{show} is no result of `vllm-sm12x bench`")
+            return 2
     elif torch.cuda.is_available():
         result = _race(console, list(ops) or list(CASES), json_path, revision)
     else:
@@ -76,11 +89,7 @@ def run_bench(
     if markdown:
         print(markdown_table(result["rows"]), end="")
     if plot:
-        try:
-            draw(result, plot)
-        except ModuleNotFoundError as error:
-            console.print(f"[red]--plot needs {error.name}:[/] pip install 'vllm-sm12x[bench]'")
-            return 2
+        draw(result, plot)
         console.print(f"drawn: {plot}")
     return 1 if any(row["red"] or row["missed"] for row in result["rows"]) else 0
 
@@ -103,7 +112,7 @@ def _race(
     )
     rows: list[dict[str, Any]] = []
     result = {
-        "benchmark": "ops",
+        "benchmark": BENCHMARK,
         "title": machine_line(machine),
         "absent": peers.absent,
         "rates": rates,

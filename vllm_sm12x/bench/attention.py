@@ -49,8 +49,7 @@ def sparse_mla_cases(
             error=partial(oracle_error, SPARSE_MLA, sets[0]),
             tolerance=SPARSE_MLA.tolerance,
             difference=lambda theirs, ours: relative_error(theirs, ours.float()),
-            # Each is within its tolerance of the oracle.
-            peer_tolerance=2 * SPARSE_MLA.tolerance,
+            peer_tolerance=SPARSE_MLA.tolerance,
             bytes=shape.bytes,
             flops=shape.flops,
         )

@@ -6,7 +6,7 @@ Rows come from the bench shapes of `ops/specs.py`.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from vllm_sm12x.ops.op_spec import OpSpec
 from vllm_sm12x.vllm_api.peers import Peers
 
 Call = Callable[[], Any]
-# Builds a peer's calls, one for each set of inputs; RuntimeError says why it cannot be run here.
+# Builds a peer's calls, one for each set of inputs; a NotHereError says why it cannot.
 Build = Callable[[], list[Call]]
 
 
@@ -46,13 +46,13 @@ class Case:
     series: str
     at: int
     ours: list[Call]
+    peers: dict[str, Build]
     error: Callable[[Any], float]
     tolerance: float
+    difference: Callable[[Any, Any], float]
+    peer_tolerance: float
     bytes: int
     flops: int
-    peers: dict[str, Build] = field(default_factory=dict)
-    difference: Callable[[Any, Any], float] = lambda theirs, ours: math.nan
-    peer_tolerance: float = 0.0
     matrix: str = "bf16"
     copy_share: float | None = None
     note: str = ""

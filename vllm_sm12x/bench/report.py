@@ -85,11 +85,20 @@ def markdown_table(rows: Iterable[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
-    """A roofline of all rows, and for each op its time over tokens or keys, as a picture.
+def obstacle_to_drawing(path: Path) -> str | None:
+    """Why `draw` cannot write this file, in words; None if it can."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+    except ModuleNotFoundError as error:
+        return f"--plot needs {error.name}: pip install 'vllm-sm12x[bench]'"
+    endings = FigureCanvasAgg.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in endings:
+        return f"--plot writes {', '.join(sorted(endings))}, not {path.name}"
+    return None
 
-    Raises ModuleNotFoundError without matplotlib, ValueError for an ending that it cannot write.
-    """
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """A roofline of all rows, and for each op its time over tokens or keys, as a picture."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -109,6 +118,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         _times(panel, op, [row for row in rows if row["op"] == op])
     for panel in panels[1 + len(ops) :]:
         panel.set_axis_off()
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
