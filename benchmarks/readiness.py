@@ -21,7 +21,14 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from server import Attention, Server, attention_env, check_startup, vllm_server
+from server import (
+    Attention,
+    Server,
+    attention_env,
+    check_startup,
+    is_deepseek_v4,
+    vllm_server,
+)
 from serving import Answer, Request, ask, token_range
 
 from vllm_sm12x.bench.machine import describe_machine, machine_line, write_result
@@ -36,7 +43,7 @@ WAVE = 8
 SHORT_ANSWER, LONG_ANSWER = 4, 40
 MEAN_ARRIVAL_SECONDS = 0.02
 STEPS = 200
-STEP_BATCHES = (1, 4)
+STEP_BATCHES = (1, 4, 8)
 # vLLM's own monitor says it once for each kernel, with these words in 0.23 to 0.33.
 _VLLM_SAYS = re.compile(r"((?:Triton|CuTeDSL|TileLang) [\w ]+) during inference: ([^\s(]+?)[.\s(]")
 _GRAPHS_TOOK = re.compile(r"Graph capturing finished in (\S+) secs?, took (\S+) GiB")
@@ -141,6 +148,7 @@ def main(
     label: Annotated[Attention, typer.Option(help="The attention to serve with.")],
     json_path: Annotated[Path, typer.Option("--json", help="The result file to write.")],
     mtp: Annotated[int, typer.Option(min=0, help="Speculative tokens of the MTP layer.")] = 0,
+    cudagraph_mode: Annotated[str | None, typer.Option(help="FULL, PIECEWISE, ...")] = None,
     requests: Annotated[int, typer.Option(min=1)] = 200,
     eager: Annotated[bool, typer.Option(help="Also measure decode steps without graphs.")] = True,
     env: Annotated[list[str] | None, typer.Option(help="K=V for the server; repeatable.")] = None,
@@ -150,10 +158,13 @@ def main(
 ) -> None:
     """Serve MODEL and see what the first requests wait for. Exit status 1 if an answer is wrong."""
     console = Console()
+    deepseek_v4 = is_deepseek_v4(model)
+    if label is Attention.OURS and not deepseek_v4:
+        raise typer.BadParameter(f"--label ours takes a DeepSeek V4, and {model} is none")
     compile_log = json_path.with_suffix(".compiles.jsonl")
     compile_log.unlink(missing_ok=True)
     variables = {
-        **attention_env(label),
+        **attention_env(label, deepseek_v4=deepseek_v4),
         "VLLM_SM12X_COMPILE_LOG": str(compile_log.resolve()),
         **dict(item.split("=", 1) for item in env or ()),
     }
@@ -166,12 +177,25 @@ def main(
         speculative = {"method": "mtp", "num_speculative_tokens": mtp}
         args += ["--speculative-config", json.dumps(speculative)]
     args += vllm_args or []
+    graphs = (
+        ["--compilation-config", json.dumps({"cudagraph_mode": cudagraph_mode})]
+        if cudagraph_mode
+        else []
+    )
+    with_graphs = [*args, *graphs]
     tokens = token_range(model)
     log = json_path.with_suffix(".server.log")
 
-    with vllm_server(model, log=log, args=args, env=variables, limit_seconds=limit) as server:
+    with vllm_server(
+        model, log=log, args=with_graphs, env=variables, limit_seconds=limit
+    ) as server:
         console.print(f"healthy after {server.startup_seconds:.0f} s, log in {log}")
-        problems = check_startup(server.startup_log, attention=label, cudagraphs=True)
+        problems = check_startup(
+            server.startup_log,
+            attention=label,
+            cudagraphs=cudagraph_mode != "NONE",
+            deepseek_v4=deepseek_v4,
+        )
         rng = random.Random(2)
         answers = [
             ask(server.port, Request(rng.choices(tokens, k=FIRST_PROMPT), 8, 0.0, seed, None))
@@ -215,7 +239,7 @@ def main(
         benchmark="readiness",
         attention=label,
         mtp=mtp,
-        vllm_args=args,
+        vllm_args=with_graphs,
         env={**variables, "VLLM_SM12X_COMPILE_LOG": compile_log.name},
         summary=summary,
         first_ten_ttft_seconds=first_tokens,

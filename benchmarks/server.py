@@ -2,6 +2,7 @@
 """A real `vllm serve` in a process group of its own, and what its log says."""
 
 import http.client
+import json
 import os
 import re
 import signal
@@ -32,8 +33,7 @@ class Attention(str, Enum):
 OUR_BACKEND = "TRITON_MLA_SPARSE"
 MODEL_NAME = "model"
 
-# How every engine here is configured, unless its command line says otherwise. DeepSeek V4 needs
-# the first two.
+# How every engine here is configured, unless its command line says otherwise.
 ENGINE_ARGS: dict[str, Any] = {
     "kv_cache_dtype": "fp8",
     "block_size": 256,
@@ -41,6 +41,7 @@ ENGINE_ARGS: dict[str, Any] = {
     "max_num_seqs": 8,
     "gpu_memory_utilization": 0.6,
 }
+DEEPSEEK_V4_ARGS = ("kv_cache_dtype", "block_size")  # other models choose their own
 
 _CHOSEN = re.compile(r"DeepSeek V4 attention: (.+?), because (.+)\.\s*$", re.MULTILINE)
 _CAPTURED = "Graph capturing finished in"
@@ -99,7 +100,7 @@ def vllm_server(
     env: dict[str, str] | None = None,
     limit_seconds: float = 600,
 ) -> Iterator[Server]:
-    """Run `vllm serve MODEL` with ENGINE_ARGS and `args`, until the block ends.
+    """Run `vllm serve MODEL` with its `engine_args` and `args`, until the block ends.
 
     `env` is added to this process' environment. All the server prints goes to the file `log`.
     Raises ServerError if the server is not healthy within `limit_seconds`.
@@ -108,7 +109,7 @@ def vllm_server(
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)),
         *("--host", "127.0.0.1", "--port", str(port), "--served-model-name", MODEL_NAME),
-        *(part for name, value in ENGINE_ARGS.items() for part in (_flag(name), str(value))),
+        *(part for name, value in engine_args(model).items() for part in (_flag(name), str(value))),
         *args,
     ]
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -134,11 +135,33 @@ def offline(model: Path | str) -> dict[str, str]:
     return {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"} if Path(model).is_dir() else {}
 
 
-def attention_env(attention: Attention) -> dict[str, str]:
-    """The variables that ask for our attention or all of the SM12x path, or forbid ours."""
+def is_deepseek_v4(model: Path | str) -> bool:
+    """Whether MODEL is a DeepSeek V4: all are but a directory whose config.json names another."""
+    file = Path(model) / "config.json"
+    if not file.is_file():
+        return True
+    config = json.loads(file.read_text(encoding="utf-8"))
+    return config.get("model_type", "deepseek_v4") == "deepseek_v4"
+
+
+def engine_args(model: Path | str) -> dict[str, Any]:
+    """ENGINE_ARGS as MODEL takes them."""
+    left_out = () if is_deepseek_v4(model) else DEEPSEEK_V4_ARGS
+    return {name: value for name, value in ENGINE_ARGS.items() if name not in left_out}
+
+
+def attention_env(attention: Attention, *, deepseek_v4: bool = True) -> dict[str, str]:
+    """The variables that ask for our attention or all of the SM12x path, or forbid ours.
+
+    Other models than DeepSeek V4 have vLLM's attention in any case: STOCK is then vLLM without
+    plugins.
+    """
     if attention is Attention.PROXY:
         return {"VLLM_TRITON_MLA_SPARSE": "auto", "VLLM_SM12X_ASSUME": "12.0"}
-    return {"VLLM_TRITON_MLA_SPARSE": "1" if attention is Attention.OURS else "0"}
+    switch = {"VLLM_TRITON_MLA_SPARSE": "1" if attention is Attention.OURS else "0"}
+    if attention is Attention.STOCK and not deepseek_v4:
+        switch["VLLM_PLUGINS"] = ""
+    return switch
 
 
 def parallel_args(tensor: int, pipeline: int) -> list[str]:
@@ -152,12 +175,17 @@ def chosen_attention(log_text: str) -> set[str]:
     return {match[1] for match in _CHOSEN.finditer(log_text)}
 
 
-def check_startup(log_text: str, *, attention: Attention, cudagraphs: bool) -> list[str]:
-    """What the log contradicts, in words: the attention class and the CUDA graphs asked for."""
+def check_startup(
+    log_text: str, *, attention: Attention, cudagraphs: bool, deepseek_v4: bool = True
+) -> list[str]:
+    """What the log contradicts, in words: the attention class and the CUDA graphs asked for.
+
+    The attention class is that of a DeepSeek V4; the log names none for other models.
+    """
     problems = []
     chosen = chosen_attention(log_text)
     ours = {name for name in chosen if f"({OUR_BACKEND})" in name}
-    if attention is not Attention.STOCK and (not ours or chosen != ours):
+    if deepseek_v4 and attention is not Attention.STOCK and (not ours or chosen != ours):
         problems.append(f"asked for {OUR_BACKEND}, but the log names {sorted(chosen) or 'nothing'}")
     if attention is Attention.STOCK and ours:
         problems.append(f"asked for stock attention, but the log names {sorted(ours)}")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vllm-sm12x`: each command imports what it needs when it runs, so that `doctor` always can."""
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -89,25 +90,44 @@ def bench(
         ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Commit, for a tree without git.")] = None,
+    batch_invariant: Annotated[
+        bool, typer.Option(help="Race ours also as under VLLM_BATCH_INVARIANT=1.")
+    ] = False,
 ) -> None:
     """Race the ops against FlashMLA, DeepGEMM, FlashInfer and torch, as far as they run here."""
     from vllm_sm12x.bench import run_bench
 
     status = run_bench(
-        ops or (), json_path=json, plot=plot, markdown=markdown, show=show, revision=revision
+        ops or (),
+        json_path=json,
+        plot=plot,
+        markdown=markdown,
+        show=show,
+        revision=revision,
+        batch_invariant=batch_invariant,
     )
     raise typer.Exit(status)
+
+
+class TinyModelName(str, Enum):
+    """The models of `tiny_checkpoint.MODELS`."""
+
+    DEEPSEEK_V4 = "deepseek-v4"
+    QWEN3_NEXT = "qwen3-next"
 
 
 @app.command("tiny-checkpoint")
 def tiny_checkpoint(
     path: Annotated[Path, typer.Argument(help="The folder to write.")],
+    model: Annotated[
+        TinyModelName, typer.Option(help="deepseek-v4: 1.44 GB. qwen3-next (GDN): 0.93 GB.")
+    ] = TinyModelName.DEEPSEEK_V4,
     seed: Annotated[int, typer.Option(min=0, help="The seed of the random weights.")] = 0,
 ) -> None:
-    """Write a small DeepSeek V4 checkpoint (1.44 GB, random weights) in the released format."""
+    """Write a small checkpoint with random weights in a model's released format."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-    from vllm_sm12x.tiny_checkpoint import write_tiny_deepseek_v4
+    from vllm_sm12x.tiny_checkpoint import MODELS, write_tiny_checkpoint
 
     with Progress(BarColumn(), DownloadColumn(), TextColumn("{task.description}")) as bar:
         task = bar.add_task("", total=None)
@@ -116,7 +136,7 @@ def tiny_checkpoint(
             bar.update(task, completed=done, total=total, description=label)
 
         try:
-            written = write_tiny_deepseek_v4(path, seed=seed, progress=show)
+            written = write_tiny_checkpoint(MODELS[model.value], path, seed=seed, progress=show)
         except OSError as error:
             bar.stop()
             typer.echo(error, err=True)

@@ -221,8 +221,8 @@ KNOBS: tuple[Knob, ...] = (
         allowed="0, 1 or auto",
         parse=_one_of({"auto": None, "0": False, "1": True}),
         help="Whether a worker runs batches of made-up requests before it reports ready, so that "
-        "real ones do not wait for compilers. Auto: where TRITON_MLA_SPARSE serves the model. 1: "
-        "for any model that generates text. 0: never.",
+        "real ones do not wait for compilers. Auto: where TRITON_MLA_SPARSE serves the model, and "
+        "for models with linear attention (GDN). 1: for any model that generates text. 0: never.",
     ),
     Knob(
         name="VLLM_SM12X_COMPILE_LOG",

@@ -272,7 +272,7 @@ def host(tmp_path_factory: pytest.TempPathFactory, vllm_files: "VllmFiles") -> I
     _compile(FAKE_HOST / "libnvidia_ml_stub.c", stubs / "libnvidia-ml.so.1")
     _install_plugin(scratch / "wheel", plugin)
 
-    from vllm_sm12x.tiny_checkpoint.config import CONFIG
+    from vllm_sm12x.tiny_checkpoint.deepseek_v4 import CONFIG
 
     model.mkdir()
     (model / "config.json").write_text(json.dumps(CONFIG))

@@ -18,7 +18,7 @@ from vllm_sm12x.device import NoDevice
 from vllm_sm12x.preflight import memory, weights
 from vllm_sm12x.preflight.checkpoint import Checkpoint, CheckpointError, Stored, read
 from vllm_sm12x.preflight.recipes import RECIPES
-from vllm_sm12x.tiny_checkpoint.config import CONFIG
+from vllm_sm12x.tiny_checkpoint.deepseek_v4 import CONFIG
 
 pytestmark = pytest.mark.once
 

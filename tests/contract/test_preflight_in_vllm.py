@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_sm12x.tiny_checkpoint.config import CONFIG
-from vllm_sm12x.tiny_checkpoint.tokenizer import special_ids
-from vllm_sm12x.tiny_checkpoint.weights import tiny_tensors
+from vllm_sm12x.tiny_checkpoint.deepseek_v4 import CONFIG, tensors
 
 pytestmark = pytest.mark.contract
 
@@ -80,7 +78,7 @@ def write_headers(folder: Path, **changed) -> str:
     """The tiny checkpoint with a hole in place of each tensor's bytes."""
     folder.mkdir()
     header, end = {}, 0
-    for tensor in tiny_tensors(special_ids()):
+    for tensor in tensors():
         offsets = [end, end + tensor.nbytes]
         header[tensor.name] = {
             "dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets

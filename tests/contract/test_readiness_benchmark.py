@@ -3,6 +3,7 @@
 
 import json
 import random
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,11 +38,41 @@ def test_a_whole_run_is_measured_and_written(tmp_path, monkeypatch):
     assert summary["graphs_gib"] == 0.2 and summary["compiled_after_ready"] == 0
     assert 0 < summary["first_ttft_seconds"] == result["first_ten_ttft_seconds"][0]
     assert len(result["first_ten_ttft_seconds"]) == 10
-    assert {"decode_step_ms_of_1", "decode_step_ms_of_4"} <= summary.keys()
-    assert {"eager_decode_step_ms_of_1", "eager_decode_step_ms_of_4"} <= summary.keys()
+    steps = {f"decode_step_ms_of_{running}" for running in (1, 4, 8)}
+    assert steps | {f"eager_{step}" for step in steps} <= summary.keys()
     log = path.with_suffix(".server.log").read_text()
     assert "--speculative-config" in log and "--enforce-eager" not in log
+    assert "--kv-cache-dtype" in log and "--compilation-config" not in log
     assert "--enforce-eager" in path.with_suffix(".eager.log").read_text()
+
+
+@pytest.mark.parametrize("label", ["stock", "proxy", "ours"])
+def test_another_model_than_deepseek_v4(tmp_path, monkeypatch, label):
+    monkeypatch.setattr(readiness, "MEAN_ARRIVAL_SECONDS", 0.001)
+    model, path = tmp_path / "model", tmp_path / "result.json"
+    model.mkdir()
+    (model / "config.json").write_text('{"vocab_size": 8192, "model_type": "qwen3_next"}')
+    given = [
+        *("--model", str(model), "--label", label, "--json", str(path), "--limit", "60"),
+        *("--requests", "2", "--cudagraph-mode", "FULL", "--env", f"PYTHONPATH={STAND_IN}"),
+    ]
+    ran = CliRunner().invoke(readiness.app, given)
+    if label == "ours":  # which is about the attention of a DeepSeek V4
+        assert ran.exit_code == 2 and not path.exists()
+        return
+    assert ran.exit_code == 0, ran.output
+    result = json.loads(path.read_text())
+    assert result["env"].get("VLLM_PLUGINS") == ("" if label == "stock" else None)
+    assert result["env"].get("VLLM_SM12X_ASSUME") == ("12.0" if label == "proxy" else None)
+    arguments, eager = (
+        json.loads(re.search(r"arguments (.*)", path.with_suffix(suffix).read_text())[1])
+        for suffix in (".server.log", ".eager.log")
+    )
+    assert not {"--kv-cache-dtype", "--block-size"} & {*arguments, *eager}
+    assert "--max-num-seqs" in arguments
+    mode = arguments[arguments.index("--compilation-config") + 1]
+    assert json.loads(mode) == {"cudagraph_mode": "FULL"}
+    assert "--compilation-config" not in eager
 
 
 def test_a_wave_drains_to_what_it_promises():

@@ -19,12 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from vllm_sm12x import tiny_checkpoint
 from vllm_sm12x.preflight.checkpoint import read
 from vllm_sm12x.preflight.weights import by_stage
-from vllm_sm12x.tiny_checkpoint import write_tiny_deepseek_v4
-from vllm_sm12x.tiny_checkpoint.tokenizer import special_ids
-from vllm_sm12x.tiny_checkpoint.weights import Tensor, tiny_tensors
+from vllm_sm12x.tiny_checkpoint import deepseek_v4, write_tiny_deepseek_v4
+from vllm_sm12x.tiny_checkpoint.tensors import Tensor
 
 # sha256 of some tensors of seed 0. They may change only together with the checkpoint's format
 # number: whoever has a checkpoint of that format and seed must have these bytes.
@@ -358,7 +356,7 @@ def test_tokenizer_knows_what_the_prompt_encoding_writes(tokenizer):
     ids = {text: tokenizer.encode(text, add_special_tokens=False) for text in known}
     assert {text: len(tokens) for text, tokens in ids.items()} == dict.fromkeys(known, 1)
     assert ids[encoding.bos_token] == [0] and ids[encoding.eos_token] == [1]
-    assert {tokens[0] for tokens in ids.values()} | {2} == special_ids()
+    assert {tokens[0] for tokens in ids.values()} | {2} == deepseek_v4.TOKENS.special_ids(VOCAB)
     reasoning = tokenizer.encode("<think>so</think>yes<｜end▁of▁sentence｜>")
     assert tokenizer.decode(reasoning, skip_special_tokens=True) == "<think>so</think>yes"
 
@@ -493,14 +491,15 @@ SMALL = (
 
 
 def all_tensors() -> dict[str, Tensor]:
-    return {tensor.name: tensor for tensor in tiny_tensors(special_ids())}
+    return {tensor.name: tensor for tensor in deepseek_v4.tensors()}
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the checkpoint four tensors, 2 MB."""
     tensors = [all_tensors()[name] for name in SMALL]
-    monkeypatch.setattr(tiny_checkpoint, "tiny_tensors", lambda special: tensors)
+    model = replace(deepseek_v4.MODEL, tensors=lambda: tensors)
+    monkeypatch.setattr(deepseek_v4, "MODEL", model)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

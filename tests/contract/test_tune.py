@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from vllm_sm12x import cli, device
 from vllm_sm12x.device import Device, NoDevice
 from vllm_sm12x.integration.fp8_config_files import default_config, file_name, read_table
-from vllm_sm12x.tiny_checkpoint.config import CONFIG
-from vllm_sm12x.tiny_checkpoint.weights import tiny_tensors
+from vllm_sm12x.tiny_checkpoint.deepseek_v4 import CONFIG
+from vllm_sm12x.tiny_checkpoint.deepseek_v4 import tensors as tiny_tensors
 from vllm_sm12x.tune import records as records_module
 from vllm_sm12x.tune import run_tune
 from vllm_sm12x.tune.errors import TuneError
@@ -105,7 +105,7 @@ class TestShapes:
         """`expected` are the FP8 weights, without wo_a, of vLLM 0.26.0's model on torch's meta."""
         tensors = {
             tensor.name: Stored(tensor.dtype, tensor.shape)
-            for tensor in tiny_tensors(frozenset())
+            for tensor in tiny_tensors()
             if not tensor.name.startswith("mtp.")
         }
         shapes = shapes_of(tensors, CONFIG, BLOCK, ranks)

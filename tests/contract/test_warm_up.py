@@ -47,6 +47,14 @@ class TestBatches:
                 assert not batch.joining or batch.joining > 1 + drafts
                 assert 0 <= batch.staying < len(batch.prompts)
 
+    def test_a_state_is_copied_to_another_block(self):
+        limits = {"max_num_seqs": 8, "max_num_batched_tokens": 2048, "draft_tokens": 1}
+        plain = batches(max_model_len=4096, **limits)
+        (copying,) = set(batches(max_model_len=4096, state_block=544, **limits)) - set(plain)
+        assert copying.first_chunk == 544 < copying.prompts[0] <= 2 * 544
+        short = {"max_model_len": 512, **limits}
+        assert batches(state_block=544, **short) == batches(**short)
+
     def test_cover_what_triton_and_the_sampler_tell_apart(self):
         found = batches(
             max_num_seqs=64, max_num_batched_tokens=8192, max_model_len=32768, draft_tokens=2,
@@ -201,6 +209,60 @@ def warmed(setting=None):
         times = worker.compile_or_warm_up_model()
     return [len(runner.steps) - before, times]
 
+# A hybrid model's runner, with vLLM's own specs and its own reading of a state's blocks.
+from vllm.v1.attention.backends.utils import mamba_get_block_table_tensor
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, MambaSpec,
+)
+
+def hybrid(mode, state_tokens):
+    attention = FullAttentionSpec(
+        block_size=64, num_kv_heads=2, head_size=256, dtype=torch.bfloat16
+    )
+    state = MambaSpec(
+        block_size=state_tokens, shapes=((4, 8),), dtypes=(torch.float32,),
+        mamba_cache_mode=mode, num_speculative_blocks=QUERY - 1,
+    )
+    groups = [KVCacheGroupSpec(["attention"], attention), KVCacheGroupSpec(["gdn"], state)]
+    mine = Runner()
+    mine.kv_cache_config = KVCacheConfig(
+        num_blocks=200, kv_cache_tensors=[], kv_cache_groups=groups
+    )
+    seen = {"states": [], "zeroed": [], "unzeroed": 0}
+
+    def execute_model(output, intermediate_tensors=None):
+        zeroed = set(output.new_block_ids_to_zero or ())
+        assert all(0 < block < 200 for block in zeroed)
+        if not output.num_scheduled_tokens:
+            seen["zeroed"].append(len(zeroed))
+        for new in output.scheduled_new_reqs:
+            seen["unzeroed"] += len(set(new.block_ids[0]) - zeroed)
+            tables[new.req_id] = new.block_ids[1]
+        for name, tokens in output.num_scheduled_tokens.items():
+            known = dict(zip(output.scheduled_cached_reqs.req_ids,
+                             output.scheduled_cached_reqs.num_computed_tokens))
+            row = tables[name] + [0] * 8
+            after = torch.tensor([known.get(name, 0) + tokens])
+            blocks = mamba_get_block_table_tensor(torch.tensor([row]), after, state, mode)
+            seen["states"].append([
+                len(set(blocks[0, :QUERY].tolist()) - {0}), len(tables[name])
+            ])
+        return EMPTY_MODEL_RUNNER_OUTPUT
+
+    tables = {}
+    mine.execute_model = execute_model
+    mine.sample_tokens = lambda grammar: EMPTY_MODEL_RUNNER_OUTPUT
+    with mock.patch.object(worker, "model_runner", mine), \
+         mock.patch.object(steps, "get_pp_group", lambda: ONE_RANK):
+        seen["state_block"] = steps.state_block(worker)
+        engine = steps.Engine(worker, warm_up.RESERVE)
+        engine.zero_blocks(warm_up.BLOCKS_TO_ZERO)
+        engine.run((13, 13), drafts=(2, 0), joining=30, staying=1)
+        engine.run((128 + 13,), first_chunk=128, drafts=(2,))
+    return seen
+
+hybrids = {"none": hybrid("none", LENGTH), "align": hybrid("align", 128)}
+
 from vllm_sm12x import changes
 from vllm_sm12x.vllm_api import graph_capture
 
@@ -233,12 +295,19 @@ transferring = warmed()
 config.kv_transfer_config = None
 with mock.patch.object(warm_up.selection, "serves", lambda config: False):
     other = [warmed(), warmed("1")]
+    warm_up._done.clear()
+    text_config = SimpleNamespace(layer_types=["linear_attention", "full_attention"])
+    gdn_model = SimpleNamespace(model="gdn", hf_text_config=text_config, is_encoder_decoder=False,
+                                max_model_len=LENGTH)
+    with mock.patch.object(config, "model_config", gdn_model):
+        gdn = warmed()
 warm_up._done.clear()
 runner.execute_model = lambda *_: 1 / 0
 failed = failure_of(warmed, "1")
 answer({
     "first": first, "order": order, "again": again, "transferring": transferring, "other": other,
     "failed": failed, "launched": len(launched), "requests": len(runner.states.requests),
+    "gdn": gdn, "hybrids": hybrids,
     "sizes": sizes, "capturing": capturing, "row": [row.state.value, row.detail],
     "graphs": runner.cudagraph_dispatcher.keys_initialized, "most": max(runner.steps),
     "registered": [[step.__qualname__ for step in steps]
@@ -311,6 +380,22 @@ class TestOnVllm:
     def test_other_models_only_when_asked(self, ran):
         (unasked, _), (asked, _) = ran.answer["other"]
         assert unasked == 0 and asked > 50
+
+    def test_models_with_linear_attention_unasked(self, ran):
+        steps, _ = ran.answer["gdn"]
+        assert steps > 50
+
+    @pytest.mark.parametrize(("mode", "tokens"), [("none", None), ("align", 128)])
+    def test_a_state_has_its_blocks_and_those_of_drafts(self, ran, mode, tokens):
+        seen = ran.answer["hybrids"][mode]
+        assert seen["state_block"] == tokens
+        assert {states for states, _ in seen["states"]} == {3}
+        # vLLM's table has no room for more in this mode.
+        assert mode != "none" or {held for _, held in seen["states"]} == {3}
+
+    def test_blocks_that_states_and_keys_share_are_zeroed(self, ran):
+        for seen in ran.answer["hybrids"].values():
+            assert seen["zeroed"][:3] == [1, 2, 16] and seen["unzeroed"] == 0
 
     def test_a_failure_names_the_batch_and_the_way_out(self, ran):
         assert ran.answer["failed"].startswith("RuntimeError: The warm-up failed at Batch(prompts=")

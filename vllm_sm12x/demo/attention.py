@@ -24,7 +24,7 @@ from rich.table import Table
 from vllm_sm12x.ops import pack_fp8_ds_mla, sparse_mla, unpack_fp8_ds_mla
 from vllm_sm12x.ops.sparse_mla.reference import sparse_mla_reference
 from vllm_sm12x.ops.sparse_mla.spec import SPARSE_MLA
-from vllm_sm12x.tiny_checkpoint.config import CONFIG
+from vllm_sm12x.tiny_checkpoint.deepseek_v4 import CONFIG
 
 HEADS, HEAD_DIM = CONFIG["num_attention_heads"], CONFIG["head_dim"]
 WINDOW, TOP_K = CONFIG["sliding_window"], CONFIG["index_topk"]

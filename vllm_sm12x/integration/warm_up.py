@@ -34,6 +34,8 @@ REQUESTS = (1, 2, 3, 5, 8, 16, 17, 32, 33)
 TOKENS = (1, 2, 3, 4, 5, 8, 15, 16, 17, 32, 33, 48, 63, 64, 65, 128, 129, 256, 257, 512, 1000, 1024)
 # What a short prompt has, and none of the sizes above.
 SHORT = 13
+# Numbers of blocks to zero that Triton tells apart.
+BLOCKS_TO_ZERO = (1, 2, 16)
 # Tokens past its prompt that a request has room for: a step's, with up to 15 drafts, and one more.
 RESERVE = 17
 
@@ -60,6 +62,7 @@ def batches(
     max_num_batched_tokens: int,
     max_model_len: int,
     draft_tokens: int,
+    state_block: int | None = None,
     prefill_tokens: Iterable[int] = (),
     decode_requests: Iterable[int] = (),
 ) -> list[Batch]:
@@ -67,6 +70,7 @@ def batches(
 
     Args:
         draft_tokens: k, of each request in a decode step.
+        state_block: tokens after which a state is copied to another block.
         prefill_tokens, decode_requests: besides those that vLLM's own kernels tell apart.
     """
     query_len = 1 + draft_tokens
@@ -99,6 +103,8 @@ def batches(
     chunk = min(64, longest // 2)
     if chunk > 1:
         found += [Batch((2 * chunk + odd,), first_chunk=chunk) for odd in (-1, 0)]
+    if state_block is not None and state_block + SHORT <= longest:
+        found.append(Batch((state_block + SHORT,), first_chunk=state_block))
     for sampling in SAMPLING_KINDS:
         for requests in REQUESTS[:-2]:
             if requests <= min(room, max_num_batched_tokens // SHORT):
@@ -108,13 +114,22 @@ def batches(
     return list(dict.fromkeys(fitting))
 
 
+def has_linear_attention(vllm_config: Any) -> bool:
+    """Whether layers of the model keep a state by linear attention, as a Gated DeltaNet does.
+
+    vLLM compiles their kernels for its own batches, not for those of speculative decoding.
+    """
+    text_config = vllm_config.model_config.hf_text_config
+    return "linear_attention" in (getattr(text_config, "layer_types", None) or ())
+
+
 def warm_up(worker: Any) -> None:
     """Run the batches, once in a process. Raises RuntimeError where one fails."""
     from vllm_sm12x.vllm_api import warm_up as steps
 
     config = worker.vllm_config
     ours = selection.serves(config) and selection.choose(config).ours
-    if not ours and knobs.get(KNOB) is not True:
+    if not (ours or has_linear_attention(config) or knobs.get(KNOB)):
         return
     obstacle = steps.obstacle(worker)
     if obstacle is not None:
@@ -123,7 +138,8 @@ def warm_up(worker: Any) -> None:
     with _lock:
         # A second engine of the process finds its kernels compiled where the first had them.
         model = config.model_config.model
-        plan = [batch for batch in _plan(worker, ours) if (model, batch) not in _done]
+        planned = _plan(worker, ours, steps.state_block(worker))
+        plan = [batch for batch in planned if (model, batch) not in _done]
         if not plan:
             return
         start = time.perf_counter()
@@ -137,6 +153,7 @@ def warm_up(worker: Any) -> None:
             disable=not steps.is_global_first_rank(),
         )
         with steps.without_graphs(worker):
+            engine.zero_blocks(BLOCKS_TO_ZERO)
             for batch in shown:
                 try:
                     engine.run(**vars(batch))
@@ -150,7 +167,7 @@ def warm_up(worker: Any) -> None:
         logger.info("Warmed up with %d batches in %.1f s.", len(plan), time.perf_counter() - start)
 
 
-def _plan(worker: Any, ours: bool) -> list[Batch]:
+def _plan(worker: Any, ours: bool, state_block: int | None) -> list[Batch]:
     config = worker.vllm_config
     scheduler, speculative = config.scheduler_config, config.speculative_config
     draft_tokens = speculative.num_speculative_tokens if speculative else 0
@@ -172,6 +189,7 @@ def _plan(worker: Any, ours: bool) -> list[Batch]:
         max_num_batched_tokens=scheduler.max_num_batched_tokens,
         max_model_len=config.model_config.max_model_len,
         draft_tokens=draft_tokens,
+        state_block=state_block,
         **own,
     )
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny DeepSeek V4 in the released checkpoint format, with random weights.
+"""Tiny models in the released checkpoint formats, with random weights.
 
-Stock vLLM loads it as it loads DeepSeek-V4-Flash: same tensor names, dtypes, layouts and config
-fields, real attention widths, every kind of layer. Its answers mean nothing; what they are good for
-is running every code path of the model, and comparing one implementation with another.
+Stock vLLM loads a tiny DeepSeek V4 as it loads DeepSeek-V4-Flash, and a tiny Qwen3-Next as it loads
+Qwen3-Next-80B-A3B: same tensor names, dtypes, layouts and config fields, real attention widths,
+every kind of layer. Their answers mean nothing; what they are good for is running every code path
+of the model, and comparing one implementation with another.
 """
 
 import json
@@ -14,24 +15,34 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vllm_sm12x.tiny_checkpoint.config import CONFIG, GENERATION_CONFIG
+from vllm_sm12x.tiny_checkpoint import deepseek_v4, qwen3_next
+from vllm_sm12x.tiny_checkpoint.model import TinyModel
 from vllm_sm12x.tiny_checkpoint.shards import write_shards
-from vllm_sm12x.tiny_checkpoint.tokenizer import special_ids, write_tokenizer
-from vllm_sm12x.tiny_checkpoint.weights import Tensor, tiny_tensors
+from vllm_sm12x.tiny_checkpoint.tensors import Tensor
+from vllm_sm12x.tiny_checkpoint.tokenizer import write_tokenizer
 
 # Raise it whenever the same seed gives different files.
 _FORMAT = 1
 _MARKER = "vllm_sm12x_tiny_checkpoint.json"
 
+MODELS = {model.name: model for model in (deepseek_v4.MODEL, qwen3_next.MODEL)}
+
 Progress = Callable[[int, int, str], None]
 
 
 def write_tiny_deepseek_v4(path: Path, *, seed: int = 0, progress: Progress | None = None) -> Path:
-    """Write the checkpoint (1.44 GB) to the directory `path`; return its resolved path.
+    """`write_tiny_checkpoint` of the DeepSeek V4 (1.44 GB)."""
+    return write_tiny_checkpoint(deepseek_v4.MODEL, path, seed=seed, progress=progress)
+
+
+def write_tiny_checkpoint(
+    model: TinyModel, path: Path, *, seed: int = 0, progress: Progress | None = None
+) -> Path:
+    """Write the checkpoint to the directory `path`; return its resolved path.
 
     The same seed gives the same bytes. The directory appears under its name only when it is
     complete. A directory that already holds this checkpoint is returned as it is; one that holds
-    a tiny checkpoint of another seed or format is replaced.
+    a tiny checkpoint of another model, seed or format is replaced.
 
     `progress(done, total, label)` is called with bytes and the name of the tensor just written.
 
@@ -41,9 +52,9 @@ def write_tiny_deepseek_v4(path: Path, *, seed: int = 0, progress: Progress | No
     if seed < 0:
         raise ValueError(f"the seed of a tiny checkpoint must be 0 or more, got {seed}")
     path = Path(path).expanduser().resolve()
-    tensors = tiny_tensors(special_ids())
+    tensors = model.tensors()
     total = sum(tensor.nbytes for tensor in tensors)
-    if _is_complete(path, seed):
+    if _is_complete(path, model.name, seed):
         if progress:
             progress(total, total, "already written")
         return path
@@ -59,24 +70,30 @@ def write_tiny_deepseek_v4(path: Path, *, seed: int = 0, progress: Progress | No
         if progress:
             progress(done, total, tensor.name)
 
+    config = model.config
+    limits = {"vocab_size": config["vocab_size"], "max_length": config["max_position_embeddings"]}
     partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
     partial.mkdir()
     try:
-        _write_json(partial / "config.json", CONFIG)
-        _write_json(partial / "generation_config.json", GENERATION_CONFIG)
-        write_tokenizer(partial)
+        _write_json(partial / "config.json", config)
+        _write_json(partial / "generation_config.json", model.generation_config)
+        write_tokenizer(partial, model.tokens, **limits)
         write_shards(partial, tensors, seed, wrote)
         files = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-        _write_json(partial / _MARKER, {"format": _FORMAT, "seed": seed, "files": files})
+        marker = {"model": model.name, "format": _FORMAT, "seed": seed, "files": files}
+        _write_json(partial / _MARKER, marker)
         _move_into_place(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return path
 
 
-def _is_complete(path: Path, seed: int) -> bool:
+def _is_complete(path: Path, model: str, seed: int) -> bool:
     marker = _read_marker(path)
     if marker is None or (marker["format"], marker["seed"]) != (_FORMAT, seed):
+        return False
+    # Markers named no model while there was one.
+    if marker.get("model", deepseek_v4.MODEL.name) != model:
         return False
     return all(
         (path / name).is_file() and (path / name).stat().st_size == size
@@ -85,7 +102,10 @@ def _is_complete(path: Path, seed: int) -> bool:
 
 
 def _read_marker(path: Path) -> dict[str, Any] | None:
-    """What an earlier run left in `path`: {"format", "seed", "files": {name: bytes}}, or None."""
+    """What an earlier run left in `path`, or None.
+
+    {"model", "format", "seed", "files": {name: bytes}}
+    """
     try:
         return json.loads((path / _MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):

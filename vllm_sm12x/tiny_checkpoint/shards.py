@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from vllm_sm12x.tiny_checkpoint.weights import Tensor
+from vllm_sm12x.tiny_checkpoint.tensors import Tensor
 
 _SHARD_BYTES = 320_000_000
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A byte-level BPE tokenizer of 8,192 tokens with DeepSeek V4's special tokens, made of syllables.
+"""A byte-level BPE tokenizer with a model's special tokens, made of syllables.
 
 Any UTF-8 text encodes (through the 256 byte tokens) and decodes to itself. The merges build
 syllables, so that an answer of random tokens reads as syllables instead of broken bytes.
@@ -7,76 +7,69 @@ syllables, so that an answer of random tokens reads as syllables instead of brok
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice, product
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from vllm_sm12x.tiny_checkpoint.config import CONFIG
-
-# Ids 0, 1, 2 in the release and here.
-_CONTROL = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>")
-# The last ids. What DeepSeek V4's prompt encoding and tool-call parser look for.
-_MARKERS = (
-    *("<｜User｜>", "<｜Assistant｜>", "<｜latest_reminder｜>", "<think>", "</think>", "｜DSML｜"),
-    *("<｜action｜>", "<｜query｜>", "<｜authority｜>"),
-    *("<｜domain｜>", "<｜title｜>", "<｜read_url｜>"),
-)
 _SPACE = "Ġ"  # the byte-level alphabet's letter for a space
 
-_CHAT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'user' -%}"
-    "<｜User｜>{{ message['content'] }}"
-    "{%- if loop.last and add_generation_prompt"
-    " or not loop.last and loop.nextitem['role'] == 'assistant' -%}"
-    "<｜Assistant｜></think>"
-    "{%- endif -%}"
-    "{%- elif message['role'] == 'assistant' -%}{{ message['content'] }}{{ eos_token }}"
-    "{%- else -%}{{ message['content'] }}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-)
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """A model's tokens that stand for no text.
+
+    Attributes:
+        control: the first ids; decoding with skip_special_tokens leaves them out.
+        markers: the last ids. Not `special`, as in the releases: text with <think> or a tool call
+            must survive decoding with skip_special_tokens.
+        bos: None where the model's prompts begin without one.
+    """
+
+    control: tuple[str, ...]
+    markers: tuple[str, ...]
+    bos: str | None
+    eos: str
+    pad: str
+    chat_template: str
+
+    def special_ids(self, vocab_size: int) -> frozenset[int]:
+        """Ids that an answer should not contain."""
+        markers = range(vocab_size - len(self.markers), vocab_size)
+        return frozenset(range(len(self.control))) | frozenset(markers)
 
 
-def special_ids() -> frozenset[int]:
-    """Ids that stand for no text: an answer should not contain them."""
-    vocab = CONFIG["vocab_size"]
-    return frozenset(range(len(_CONTROL))) | frozenset(range(vocab - len(_MARKERS), vocab))
-
-
-def write_tokenizer(directory: Path) -> None:
+def write_tokenizer(
+    directory: Path, tokens: SpecialTokens, *, vocab_size: int, max_length: int
+) -> None:
     """Write tokenizer.json and tokenizer_config.json."""
-    _build().save(str(directory / "tokenizer.json"))
-    bos, eos, pad = _CONTROL
+    _build(tokens, vocab_size).save(str(directory / "tokenizer.json"))
     config = {
         "add_bos_token": False,
         "add_eos_token": False,
-        "bos_token": bos,
-        "chat_template": _CHAT_TEMPLATE,
+        "bos_token": tokens.bos,
+        "chat_template": tokens.chat_template,
         "clean_up_tokenization_spaces": False,
-        "eos_token": eos,
-        "model_max_length": CONFIG["max_position_embeddings"],
-        "pad_token": pad,
+        "eos_token": tokens.eos,
+        "model_max_length": max_length,
+        "pad_token": tokens.pad,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
 
-def _build() -> Tokenizer:
-    tokens = [*_CONTROL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    merges = list(islice(_merges(), CONFIG["vocab_size"] - len(tokens) - len(_MARKERS)))
-    tokens += [left + right for left, right in merges]
-    vocab = {token: index for index, token in enumerate(tokens)}
+def _build(tokens: SpecialTokens, vocab_size: int) -> Tokenizer:
+    texts = [*tokens.control, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    merges = list(islice(_merges(), vocab_size - len(texts) - len(tokens.markers)))
+    texts += [left + right for left, right in merges]
+    vocab = {text: index for index, text in enumerate(texts)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(list(_CONTROL))
-    # Not `special`, as in the release: text with <think> or a tool call must survive decoding with
-    # skip_special_tokens.
-    tokenizer.add_tokens([AddedToken(marker, normalized=False) for marker in _MARKERS])
+    tokenizer.add_special_tokens(list(tokens.control))
+    tokenizer.add_tokens([AddedToken(marker, normalized=False) for marker in tokens.markers])
     return tokenizer
 
 

@@ -14,6 +14,7 @@ import torch
 from vllm import SamplingParams
 from vllm.distributed.parallel_state import get_pp_group, is_global_first_rank
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.request import Request
 
 # By name, so that who plans batches need not import vLLM.
@@ -53,6 +54,15 @@ def obstacle(worker: Any) -> str | None:
     return None
 
 
+def state_block(worker: Any) -> int | None:
+    """Tokens after which a state moves on to another block, for prefix caching; None: it stays."""
+    for group in worker.model_runner.kv_cache_config.kv_cache_groups:
+        if getattr(group.kv_cache_spec, "mamba_cache_mode", None) == "align":
+            tokens: int = group.kv_cache_spec.block_size
+            return tokens
+    return None
+
+
 @contextmanager
 def without_graphs(worker: Any) -> Iterator[None]:
     """Meanwhile the V1 runner runs everything eagerly, as the V2 runner does before it captures.
@@ -82,8 +92,11 @@ class Engine:
     def __init__(self, worker: Any, reserve: int) -> None:
         self._worker = worker
         self._reserve = reserve
-        self._groups = worker.model_runner.kv_cache_config.kv_cache_groups
-        self._blocks = worker.model_runner.kv_cache_config.num_blocks
+        config = worker.model_runner.kv_cache_config
+        self._groups = config.kv_cache_groups
+        self._blocks = config.num_blocks
+        # Where layers with a state share blocks with attention, which must find no NaN in them.
+        self._zeroes = getattr(config, "needs_kv_cache_zeroing", False)
         self._next_block = 0
         self._next_request = 0
 
@@ -138,6 +151,13 @@ class Engine:
                 self._step([], dict.fromkeys(names, 1), cached=cached, ended=ended)
         self._finish(names)
 
+    def zero_blocks(self, counts: Sequence[int]) -> None:
+        """Zero so many blocks at a time, in models whose scheduler asks for it."""
+        for count in counts if self._zeroes else ():
+            output = self._output()
+            output.new_block_ids_to_zero = list(range(1, 1 + min(count, self._blocks - 1)))
+            self._worker.execute_model(output)
+
     def _name(self) -> str:
         self._next_request += 1
         return f"_sm12x_warm_up_{self._next_request}_"
@@ -183,6 +203,8 @@ class Engine:
         output = self._output()
         output.finished_req_ids = set(ended)
         output.scheduled_new_reqs = new
+        if new and self._zeroes:
+            output.new_block_ids_to_zero = self._attention_blocks(new)
         if cached is not None:
             output.scheduled_cached_reqs = cached
         output.num_scheduled_tokens = scheduled
@@ -192,6 +214,16 @@ class Engine:
         sampled = self._worker.sample_tokens(None)
         if hasattr(sampled, "get_output"):
             sampled.get_output()
+
+    def _attention_blocks(self, new: list[NewRequestData]) -> list[int]:
+        attention = [isinstance(group.kv_cache_spec, FullAttentionSpec) for group in self._groups]
+        return [
+            block
+            for request in new
+            for ids, zeroed in zip(request.block_ids, attention, strict=True)
+            if zeroed
+            for block in ids
+        ]
 
     def _finish(self, names: list[str]) -> None:
         output = self._output()
@@ -213,4 +245,12 @@ def finish() -> None:
     torch.accelerator.empty_cache()
 
 
-__all__ = ["SAMPLING", "Engine", "finish", "is_global_first_rank", "obstacle", "without_graphs"]
+__all__ = [
+    "SAMPLING",
+    "Engine",
+    "finish",
+    "is_global_first_rank",
+    "obstacle",
+    "state_block",
+    "without_graphs",
+]

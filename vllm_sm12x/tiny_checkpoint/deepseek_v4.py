@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every tensor of the tiny DeepSeek V4: released name, dtype and shape, and how it is drawn.
+"""The tiny DeepSeek V4: config.json, special tokens, and every tensor as released.
+
+Every field of DeepSeek-V4-Flash's released config.json is here under its released name. Only what
+makes the model small differs: 6 of 43 layers, 16 of 256 routed experts, their width 512 instead of
+2048, and a vocabulary of 8,192. All attention widths, the rope fields and the limits are the
+released ones, so kernels see the real shapes.
 
 Scales, for a hidden state of RMS 1:
 - A linear layer has weights of variance gain^2 / fan_in, so unit RMS in gives RMS `gain` out.
@@ -18,62 +23,146 @@ Scales, for a hidden state of RMS 1:
 - Logits have standard deviation 2. The residual stream's RMS grows from 1 to about 3 in 6 layers.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from math import prod
+from typing import Any
 
 import numpy as np
 
 from vllm_sm12x.tiny_checkpoint import draws
-from vllm_sm12x.tiny_checkpoint.config import CONFIG
+from vllm_sm12x.tiny_checkpoint.model import TinyModel
+from vllm_sm12x.tiny_checkpoint.tensors import Tensor, head, linear, normal
+from vllm_sm12x.tiny_checkpoint.tokenizer import SpecialTokens
 
-# safetensors dtype name -> bytes an element. The release stores packed e2m1 pairs as I8.
-_ITEM_BYTES = {"I64": 8, "F32": 4, "BF16": 2, "F8_E4M3": 1, "F8_E8M0": 1, "I8": 1}
 _FP8_BLOCK = 128
 _FP4_BLOCK = 32
 
+CONFIG: dict[str, Any] = {
+    "architectures": ["DeepseekV4ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "expert_dtype": "fp4",
+    "hc_eps": 1e-06,
+    "hc_mult": 4,
+    "hc_sinkhorn_iters": 20,
+    "head_dim": 512,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "index_head_dim": 128,
+    "index_n_heads": 64,
+    "index_topk": 512,
+    "initializer_range": 0.02,
+    "max_position_embeddings": 1048576,
+    "model_type": "deepseek_v4",
+    "moe_intermediate_size": 512,
+    "n_routed_experts": 16,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 6,
+    # As released. Layers 0-2 hash (both SWA-only layers and one ratio-4 layer), 3-5 and MTP do not.
+    "num_hash_layers": 3,
+    "num_key_value_heads": 1,
+    "num_nextn_predict_layers": 1,
+    "o_groups": 8,
+    "o_lora_rank": 1024,
+    "q_lora_rank": 1024,
+    "qk_rope_head_dim": 64,
+    "quantization_config": {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "scale_fmt": "ue8m0",
+        "weight_block_size": [128, 128],
+    },
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 16,
+        "original_max_position_embeddings": 65536,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 1.5,
+    "scoring_func": "sqrtsoftplus",
+    "sliding_window": 128,
+    "swiglu_limit": 10.0,
+    "tie_word_embeddings": False,
+    "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.57.1",
+    "use_cache": True,
+    "vocab_size": 8192,
+    "compress_rope_theta": 160000,
+    # One entry per layer, then one for the MTP layer, as in the release.
+    "compress_ratios": [0, 0, 4, 128, 4, 128, 0],
+}
 
-@dataclass(frozen=True)
-class Tensor:
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    fill: Callable[[int, str], np.ndarray]  # (seed, name) -> the stored elements, little endian
+GENERATION_CONFIG: dict[str, Any] = {
+    "_from_model_config": True,
+    "bos_token_id": CONFIG["bos_token_id"],
+    "eos_token_id": CONFIG["eos_token_id"],
+    "do_sample": True,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "transformers_version": CONFIG["transformers_version"],
+}
 
-    @property
-    def item_bytes(self) -> int:
-        return _ITEM_BYTES[self.dtype]
+_CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'user' -%}"
+    "<｜User｜>{{ message['content'] }}"
+    "{%- if loop.last and add_generation_prompt"
+    " or not loop.last and loop.nextitem['role'] == 'assistant' -%}"
+    "<｜Assistant｜></think>"
+    "{%- endif -%}"
+    "{%- elif message['role'] == 'assistant' -%}{{ message['content'] }}{{ eos_token }}"
+    "{%- else -%}{{ message['content'] }}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+)
 
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * self.item_bytes
+TOKENS = SpecialTokens(
+    # Ids 0, 1, 2 in the release and here.
+    control=("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"),
+    # What DeepSeek V4's prompt encoding and tool-call parser look for.
+    markers=(
+        *("<｜User｜>", "<｜Assistant｜>", "<｜latest_reminder｜>"),
+        *("<think>", "</think>", "｜DSML｜"),
+        *("<｜action｜>", "<｜query｜>", "<｜authority｜>"),
+        *("<｜domain｜>", "<｜title｜>", "<｜read_url｜>"),
+    ),
+    bos="<｜begin▁of▁sentence｜>",
+    eos="<｜end▁of▁sentence｜>",
+    pad="<｜▁pad▁｜>",
+    chat_template=_CHAT_TEMPLATE,
+)
 
-    def draw(self, seed: int) -> np.ndarray:
-        """The tensor's bytes, uint8 [nbytes]: a function of (seed, name) alone."""
-        data = self.fill(seed, self.name).reshape(-1).view(np.uint8)
-        assert data.size == self.nbytes, (self.name, data.size, self.nbytes)
-        return data
 
-
-def tiny_tensors(special_ids: frozenset[int]) -> list[Tensor]:
-    """All tensors, in the order of the release. `special_ids` are tokens that are not text."""
+def tensors() -> list[Tensor]:
+    """All tensors, in the order of the release: names, dtypes, shapes and how they are drawn."""
     c = CONFIG
     hidden, vocab = c["hidden_size"], c["vocab_size"]
-    tensors = [_normal("embed.weight", (vocab, hidden), 1.0)]
+    found = [normal("embed.weight", (vocab, hidden), 1.0)]
     for layer in range(c["num_hidden_layers"]):
         hashed = layer < c["num_hash_layers"]
-        tensors += _block(f"layers.{layer}", c["compress_ratios"][layer], hashed)
+        found += _block(f"layers.{layer}", c["compress_ratios"][layer], hashed)
     for mtp in range(c["num_nextn_predict_layers"]):
         name = f"mtp.{mtp}"
-        tensors += _block(name, c["compress_ratios"][c["num_hidden_layers"] + mtp], hashed=False)
-        tensors += _fp8_linear(f"{name}.e_proj", hidden, hidden)
-        tensors += _fp8_linear(f"{name}.h_proj", hidden, hidden)
-        tensors += [_norm(f"{name}.{part}", hidden) for part in ("enorm", "hnorm", "norm")]
-        tensors += _hc_head(f"{name}.")
-    tensors += [_norm("norm", hidden), _head("head.weight", vocab, hidden, special_ids)]
-    tensors += _hc_head("")
-    return tensors
+        found += _block(name, c["compress_ratios"][c["num_hidden_layers"] + mtp], hashed=False)
+        found += _fp8_linear(f"{name}.e_proj", hidden, hidden)
+        found += _fp8_linear(f"{name}.h_proj", hidden, hidden)
+        found += [_norm(f"{name}.{part}", hidden) for part in ("enorm", "hnorm", "norm")]
+        found += _hc_head(f"{name}.")
+    found += [_norm("norm", hidden), head("head.weight", vocab, hidden, TOKENS.special_ids(vocab))]
+    found += _hc_head("")
+    return found
 
 
 def _block(name: str, ratio: int, hashed: bool) -> Iterator[Tensor]:
@@ -90,7 +179,7 @@ def _attention(name: str, ratio: int) -> Iterator[Tensor]:
     c = CONFIG
     hidden, heads, head_dim = c["hidden_size"], c["num_attention_heads"], c["head_dim"]
     groups, o_rank, q_rank = c["o_groups"], c["o_lora_rank"], c["q_lora_rank"]
-    yield _normal(f"{name}.attn_sink", (heads,), 2.0, mean=3.0, dtype="F32")
+    yield normal(f"{name}.attn_sink", (heads,), 2.0, mean=3.0, dtype="F32")
     yield from _fp8_linear(f"{name}.wq_a", q_rank, hidden)
     yield _norm(f"{name}.q_norm", q_rank)
     yield from _fp8_linear(f"{name}.wq_b", heads * head_dim, q_rank)
@@ -103,7 +192,7 @@ def _attention(name: str, ratio: int) -> Iterator[Tensor]:
     if ratio == 4:
         index_heads, index_dim = c["index_n_heads"], c["index_head_dim"]
         yield from _fp8_linear(f"{name}.indexer.wq_b", index_heads * index_dim, q_rank)
-        yield _linear(f"{name}.indexer.weights_proj.weight", index_heads, hidden)
+        yield linear(f"{name}.indexer.weights_proj.weight", index_heads, hidden)
         yield from _compressor(f"{name}.indexer.compressor", ratio, index_dim, norm=1.0)
 
 
@@ -111,22 +200,22 @@ def _compressor(name: str, ratio: int, head_dim: int, norm: float) -> Iterator[T
     hidden = CONFIG["hidden_size"]
     # Ratio 4 pools overlapping windows: one half of the width for each of the two.
     width = head_dim * (2 if ratio == 4 else 1)
-    yield _normal(f"{name}.ape", (ratio, width), 0.5, dtype="F32")
-    yield _linear(f"{name}.wkv.weight", width, hidden)
-    yield _linear(f"{name}.wgate.weight", width, hidden, gain=1.5)
+    yield normal(f"{name}.ape", (ratio, width), 0.5, dtype="F32")
+    yield linear(f"{name}.wkv.weight", width, hidden)
+    yield linear(f"{name}.wgate.weight", width, hidden, gain=1.5)
     yield _norm(f"{name}.norm", head_dim, mean=norm)
 
 
 def _moe(name: str, hashed: bool) -> Iterator[Tensor]:
     c = CONFIG
     hidden, inner, experts = c["hidden_size"], c["moe_intermediate_size"], c["n_routed_experts"]
-    yield _linear(f"{name}.gate.weight", experts, hidden, gain=2.0)
+    yield linear(f"{name}.gate.weight", experts, hidden, gain=2.0)
     if hashed:
         vocab, top_k = c["vocab_size"], c["num_experts_per_tok"]
         fill = partial(draws.distinct_experts, rows=vocab, experts=experts, top_k=top_k)
         yield Tensor(f"{name}.gate.tid2eid", "I64", (vocab, top_k), fill)
     else:
-        yield _normal(f"{name}.gate.bias", (experts,), 0.25, mean=8.0, dtype="F32")
+        yield normal(f"{name}.gate.bias", (experts,), 0.25, mean=8.0, dtype="F32")
     for expert in range(experts):
         yield from _fp4_linear(f"{name}.experts.{expert}.w1", inner, hidden)
         yield from _fp4_linear(f"{name}.experts.{expert}.w2", hidden, inner)
@@ -147,49 +236,21 @@ def _hyper_connection(name: str) -> Iterator[Tensor]:
         parts = (0.5 * pre - 1, 1.2 * post, 0.5 * mix + 3 * np.eye(hc))
         return np.concatenate([part.reshape(-1) for part in parts]).astype("<f4")
 
-    yield _normal(f"{name}_fn", (mixes, width), width**-0.5, dtype="F32")
+    yield normal(f"{name}_fn", (mixes, width), width**-0.5, dtype="F32")
     yield Tensor(f"{name}_base", "F32", (mixes,), base)
-    yield _normal(f"{name}_scale", (3,), 0.1, mean=0.5, dtype="F32")
+    yield normal(f"{name}_scale", (3,), 0.1, mean=0.5, dtype="F32")
 
 
 def _hc_head(prefix: str) -> Iterator[Tensor]:
     hc = CONFIG["hc_mult"]
     width = hc * CONFIG["hidden_size"]
-    yield _normal(f"{prefix}hc_head_fn", (hc, width), width**-0.5, dtype="F32")
-    yield _normal(f"{prefix}hc_head_base", (hc,), 0.5, mean=-1.0, dtype="F32")
-    yield _normal(f"{prefix}hc_head_scale", (1,), 0.1, mean=0.5, dtype="F32")
-
-
-def _head(name: str, vocab: int, hidden: int, special_ids: frozenset[int]) -> Tensor:
-    """The LM head; rows of special tokens are zero, so that a greedy answer is text, to its end."""
-
-    def fill(seed: int, tensor: str) -> np.ndarray:
-        rows = draws.normal_f32(seed, tensor, vocab * hidden).reshape(vocab, hidden)
-        rows *= np.float32(2 * hidden**-0.5)
-        rows[sorted(special_ids)] = 0.0
-        return draws.bf16_codes(rows)
-
-    return Tensor(name, "BF16", (vocab, hidden), fill)
-
-
-def _normal(
-    name: str, shape: tuple[int, ...], std: float, *, mean: float = 0.0, dtype: str = "BF16"
-) -> Tensor:
-    def fill(seed: int, tensor: str) -> np.ndarray:
-        values = draws.normal_f32(seed, tensor, prod(shape))
-        values *= np.float32(std)
-        values += np.float32(mean)
-        return draws.bf16_codes(values) if dtype == "BF16" else values.astype("<f4", copy=False)
-
-    return Tensor(name, dtype, shape, fill)
+    yield normal(f"{prefix}hc_head_fn", (hc, width), width**-0.5, dtype="F32")
+    yield normal(f"{prefix}hc_head_base", (hc,), 0.5, mean=-1.0, dtype="F32")
+    yield normal(f"{prefix}hc_head_scale", (1,), 0.1, mean=0.5, dtype="F32")
 
 
 def _norm(name: str, width: int, *, mean: float = 1.0) -> Tensor:
-    return _normal(f"{name}.weight", (width,), 0.1 * mean, mean=mean)
-
-
-def _linear(name: str, rows: int, columns: int, *, gain: float = 1.0) -> Tensor:
-    return _normal(name, (rows, columns), gain * columns**-0.5)
+    return normal(f"{name}.weight", (width,), 0.1 * mean, mean=mean)
 
 
 def _fp8_linear(name: str, rows: int, columns: int, *, gain: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -212,3 +273,6 @@ def _fp4_linear(name: str, rows: int, columns: int) -> tuple[Tensor, Tensor]:
         Tensor(f"{name}.weight", "I8", packed, codes),
         Tensor(f"{name}.scale", "F8_E8M0", blocks, scales),
     )
+
+
+MODEL = TinyModel("deepseek-v4", CONFIG, GENERATION_CONFIG, TOKENS, tensors)

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a tiny model is: the files that its release has beside the weights, and the tensors."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_sm12x.tiny_checkpoint.tensors import Tensor
+from vllm_sm12x.tiny_checkpoint.tokenizer import SpecialTokens
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """A model to write.
+
+    Attributes:
+        name: what `vllm-sm12x tiny-checkpoint --model` calls it.
+        config, generation_config: the contents of the files of these names.
+        tensors: all tensors of the checkpoint, in the order of the release.
+    """
+
+    name: str
+    config: dict[str, Any]
+    generation_config: dict[str, Any]
+    tokens: SpecialTokens
+    tensors: Callable[[], list[Tensor]]
