@@ -34,7 +34,7 @@ MOST = 8192
 BLOCK_TABLE = torch.empty(256, 37, dtype=torch.int32)
 
 
-def launches(widths, decodes, prefills):
+def launches(widths, invariant, decodes, prefills):
     """Keys of everything that a batch with so many tokens of decodes and prefills launches."""
     from vllm_sm12x.ops import fp8_einsum, hc_head, hc_post, hc_pre, hc_prenorm_gemm, launch
     from vllm_sm12x.ops import sparse_mla as attend
@@ -46,6 +46,7 @@ def launches(widths, decodes, prefills):
         _, specialisation, options = binder(*args, **{**kwargs, "debug": False})
         keys.add(f"{self.__name__} {specialisation} {options}")
 
+    policy, mode = LaunchPolicy(batch_invariant=invariant), {"batch_invariant": invariant}
     driver._active = _AbsentGpu(120)
     JITFunction.run = record
     # Some ops have imported the function, others its module.
@@ -64,7 +65,7 @@ def launches(widths, decodes, prefills):
             "q": q[rows, :heads], "swa_cache": window, "swa_lens": lens[rows],
             "swa_indices": torch.empty(MOST * 2, 1, 128, dtype=i32)[rows],
             "sink": torch.empty(heads), "softmax_scale": 0.1,
-            "out": torch.empty_like(q)[rows, :heads],
+            "out": torch.empty_like(q)[rows, :heads], "policy": policy,
         }  # fmt: skip
         if not tokens:
             continue
@@ -85,6 +86,7 @@ def launches(widths, decodes, prefills):
         torch.empty(total, widths.groups, depth // 128),
         torch.empty(widths.groups, widths.output_rank, depth, dtype=e4m3),
         torch.empty(widths.groups, widths.output_rank // 128, depth // 128),
+        **mode,
     )
     residual = torch.empty(total, streams, hidden, dtype=bf16)
     cells = streams * (2 + streams)
@@ -93,22 +95,22 @@ def launches(widths, decodes, prefills):
         "sinkhorn_iters": 20, "norm_weight": torch.empty(hidden, dtype=bf16), "norm_eps": 1e-6,
     }  # fmt: skip
     scale, base = torch.empty(3), torch.empty(cells)
-    products = hc_prenorm_gemm(residual.flatten(1), torch.empty(cells, streams * hidden))
+    products = hc_prenorm_gemm(residual.flatten(1), torch.empty(cells, streams * hidden), **mode)
     hc_pre(*products, scale, base, residual, **mixing)
     first = residual[:, 0].contiguous()
-    products = hc_prenorm_gemm(first, torch.empty(cells, hidden))
+    products = hc_prenorm_gemm(first, torch.empty(cells, hidden), **mode)
     hc_pre(*products, scale, base, first, expanded=torch.empty_like(residual), **mixing)
     hc_post(first, residual, torch.empty(total, streams), torch.empty(total, streams, streams))
     hc_head(
         residual, torch.empty(streams, streams * hidden), torch.empty(1), torch.empty(streams),
-        rms_eps=1e-6, hc_eps=1e-6,
+        rms_eps=1e-6, hc_eps=1e-6, **mode,
     )  # fmt: skip
     return frozenset(keys)
 
 
 @pytest.fixture(scope="module")
 def record():
-    """`record(widths, decodes, prefills)` in a process where Triton is no interpreter."""
+    """`record(widths, invariant, decodes, prefills)`, where Triton is no interpreter."""
     with pytest.MonkeyPatch.context() as environment:
         environment.delenv("TRITON_INTERPRET", raising=False)
         pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
@@ -122,21 +124,22 @@ def warmed(record):
     """What the batches of the warm-up launch, of which each is of prompts or of decodes."""
 
     @cache
-    def of(widths, query_len):
-        chosen = {"sms": SMS, "policy": LaunchPolicy()}
+    def of(widths, invariant, query_len):
+        chosen = {"sms": SMS, "policy": LaunchPolicy(batch_invariant=invariant)}
         keys = set()
         for tokens in representatives(widths, range(1, MOST + 1), **chosen):
-            keys |= record(widths, 0, tokens)
+            keys |= record(widths, invariant, 0, tokens)
         decodes = range(query_len, 64 * query_len + 1, query_len)
         for tokens in representatives(widths, decodes, **chosen):
-            keys |= record(widths, tokens, 0)
+            keys |= record(widths, invariant, tokens, 0)
         return keys
 
     return of
 
 
+@pytest.mark.parametrize("invariant", [False, True], ids=["by size", "batch-invariant"])
 @pytest.mark.parametrize("widths", [FLASH, FLASH_TP4, FLASH_TP8], ids=["1", "TP 4", "TP 8"])
-def test_what_serving_launches_is_warmed(record, warmed, widths):
+def test_what_serving_launches_is_warmed(record, warmed, widths, invariant):
     @settings(max_examples=40)
     @given(st.integers(0, 64), st.sampled_from([1, 3]), st.integers(0, 4096))
     @example(1, 1, 0)
@@ -145,7 +148,7 @@ def test_what_serving_launches_is_warmed(record, warmed, widths):
     @example(64, 3, 4096)
     def check(requests, query_len, prompts):
         if requests or prompts:
-            batch = record(widths, requests * query_len, prompts)
-            assert batch <= warmed(widths, query_len)
+            batch = record(widths, invariant, requests * query_len, prompts)
+            assert batch <= warmed(widths, invariant, query_len)
 
     check()

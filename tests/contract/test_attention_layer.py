@@ -99,6 +99,17 @@ def forward(module: Any, monkeypatch, batch: Batch, **options: Any) -> torch.Ten
     return output
 
 
+def test_vllm_is_told_that_batches_do_not_matter_and_says_when_they_must_not(
+    layer_module, monkeypatch
+):
+    stock = layer_module.DeepseekV4FlashMLABackend
+    assert not getattr(stock, "supports_batch_invariance", lambda: False)()
+    assert layer_module.TritonMlaSparseBackend.supports_batch_invariance()
+    for value in (False, True):
+        monkeypatch.setenv("VLLM_BATCH_INVARIANT", f"{value:d}")
+        assert layer_module.launch_policy().batch_invariant is value
+
+
 @pytest.mark.parametrize("ratio", [0, 4, 128])
 @pytest.mark.parametrize("phase", PHASES, ids=lambda phase: phase.name)
 def test_layer_is_dense_attention(layer_module, monkeypatch, ratio, phase):

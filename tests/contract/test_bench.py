@@ -13,8 +13,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from flashinfer.mla import trtllm_batch_decode_sparse_mla_dsv4
 from typer.testing import CliRunner
+from vllm.v1.attention.ops.rocm_aiter_mla_sparse import (
+    build_ragged_indices_from_dense,
+    rocm_sparse_attn_decode,
+    rocm_sparse_attn_prefill,
+)
 
 from vllm_sm12x import bench
 from vllm_sm12x.bench import attention, indexer, projections, race, report
@@ -129,6 +136,86 @@ def flash_mla(**arguments):
     arguments["out"].copy_(out.unsqueeze(1))
 
 
+def flash_mla_prefill(q, kv, indices, sm_scale, attn_sink, topk_length, out):
+    """FlashMLA's prefill kernel by plain attention: a list of rows for each token."""
+    assert kv.shape[1:] == (1, 512) and indices.shape[1] == 1
+    # What its kernels assert, which read so many indices at a time.
+    assert indices.shape[2] % (64 if q.shape[1] == 64 else 128) == 0
+    for token, length in enumerate(topk_length.tolist()):
+        places = indices[token, 0, :length].long()
+        assert places.min() >= 0 and places.max() < len(kv)
+        rows = kv[places, 0].float()
+        scores = torch.cat([q[token].float() @ rows.T * sm_scale, attn_sink[:, None]], 1)
+        out[token] = (scores.softmax(1)[:, :-1] @ rows).to(out.dtype)
+
+
+def rocm_prefill(**arguments):
+    """The prefill kernel of vLLM's ROCm backend, which takes what its signature has."""
+    inspect.signature(rocm_sparse_attn_prefill).bind(**arguments)
+    assert arguments["head_dim"] == arguments["nope_head_dim"] + arguments["rope_head_dim"] == 512
+    flash_mla_prefill(
+        arguments["q"],
+        arguments["kv"],
+        arguments["indices"].unsqueeze(1),
+        arguments["scale"],
+        arguments["attn_sink"],
+        arguments["topk_length"],
+        arguments["output"],
+    )
+
+
+def ragged(indices, lens, num_rows):
+    inspect.signature(build_ragged_indices_from_dense).bind(indices, lens, num_rows=num_rows)
+    assert indices.max() < num_rows
+    lists = [row[:length] for row, length in zip(indices, lens.tolist(), strict=True)]
+    return torch.cat(lists), torch.cat([lens.new_zeros(1), lens.cumsum(0).int()])
+
+
+def rocm_decode(**arguments):
+    """Its decode kernel, which reads packed lists: those of the tokens, one after the other."""
+    inspect.signature(rocm_sparse_attn_decode).bind(**arguments)
+    assert arguments["head_dim"] == arguments["nope_head_dim"] + arguments["rope_head_dim"] == 512
+
+    def dense(kind):
+        flat, starts = arguments[f"{kind}_ragged_indices"], arguments[f"{kind}_ragged_indptr"]
+        lists = flat.tensor_split(starts[1:-1].tolist())
+        return torch.nn.utils.rnn.pad_sequence(lists, batch_first=True, padding_value=-1)
+
+    extra = {}
+    if not arguments["swa_only"]:
+        extra = {"extra_cache": arguments["kv_cache"], "extra_indices": dense("topk")}
+    out = SPARSE_MLA.oracle(
+        arguments["q"],
+        arguments["swa_k_cache"],
+        dense("swa"),
+        softmax_scale=arguments["scale"],
+        sink=arguments["attn_sink"],
+        **extra,
+    )
+    arguments["output"].copy_(out)
+
+
+def vllm_cache_utils():
+    """vLLM's gather and list kernels; without a GPU vLLM itself has none, and its Triton is off."""
+    where = importlib.util.find_spec("vllm.models.deepseek_v4").submodule_search_locations[0]
+    path = Path(where) / "common/ops/cache_utils.py"
+    spec = importlib.util.spec_from_file_location("interpreted_cache_utils", path)
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "vllm.triton_utils", SimpleNamespace(tl=tl, triton=triton))
+        spec.loader.exec_module(module)
+    module.has_cutedsl = lambda: False
+    return module
+
+
+def gather_rows(*arguments, **keywords):
+    vllm_cache_utils().dequantize_and_gather_k_cache(*arguments, **keywords)
+
+
+def combine_lists(*arguments):
+    return vllm_cache_utils().combine_topk_swa_indices(*arguments)
+
+
 def flashinfer(**arguments):
     """FlashInfer's, which takes what its signature has."""
     inspect.signature(trtllm_batch_decode_sparse_mla_dsv4).bind(**arguments)
@@ -155,14 +242,22 @@ def flashinfer(**arguments):
 PEERS = Peers(
     deep_gemm=deep_gemm,
     indexer=SimpleNamespace(gather=gather, top_k=top_k),
-    flash_mla=SimpleNamespace(flash_mla_with_kvcache=flash_mla, get_mla_metadata=lambda: [None]),
+    flash_mla=SimpleNamespace(
+        flash_mla_with_kvcache=flash_mla,
+        flash_mla_sparse_fwd=flash_mla_prefill,
+        get_mla_metadata=lambda: [None],
+    ),
     flashinfer=flashinfer,
+    prefill=SimpleNamespace(gather=gather_rows, combine=combine_lists),
+    rocm=SimpleNamespace(decode=rocm_decode, prefill=rocm_prefill, ragged=ragged),
 )
 # Small shapes for the interpreter, by the op's name in the command.
 SHAPES = {
     "sparse_mla": [
         SparseMlaShape(3, heads=64, swa=17, extra=21, rows=70),
         SparseMlaShape(1, heads=64, swa=16, extra=0, rows=64),
+        SparseMlaShape(21, heads=64, swa=16, extra=4, swa_block=8, extra_block=4, context=21),
+        SparseMlaShape(5, heads=64, swa=16, extra=4, swa_block=8, extra_block=4, context=83),
     ],
     "paged_mqa_logits": [PagedMqaLogitsShape(2, 192), PagedMqaLogitsShape(5, 130, next_n=3)],
     "mqa_logits": [MqaLogitsShape(6, 140, ranges="full")],
@@ -174,7 +269,7 @@ SHAPES = {
     "paged_mqa_topk": [PagedMqaTopkShape(6, 128, 16)],
 }
 EXPECTED = {
-    "sparse_mla": {"flash_mla", "flashinfer"},
+    "sparse_mla": {"flash_mla", "rocm", "flashinfer"},
     **dict.fromkeys(("hc_pre", "hc_post", "hc_head"), {"torch"}),
     "hc_prenorm_gemm": {"deep_gemm", "torch"},
     "paged_mqa_topk": {"deep_gemm", "logits, top-k"},
@@ -219,11 +314,52 @@ def test_peers_with_other_heads_are_refused_in_words(where):
     shapes = [SparseMlaShape(1, heads=5, swa=16, extra=0, rows=64)]
     (case,) = bench.CASES["sparse_mla"](PEERS, where, shapes=shapes)
     _, errors, refused = race.gate(case)
-    assert list(errors) == ["ours"]
+    assert set(errors) == {"ours", "rocm"}
     assert refused == {
         "flash_mla": "FlashMLA takes 64 or 128 heads, not 5",
         "flashinfer": "FlashInfer takes 8, 16, 32, 64 or 128 heads, not 5",
     }
+
+
+def test_a_prefill_is_raced_with_what_vllm_does_before_flash_mla(where):
+    case = cases("sparse_mla", where)[2]
+    assert case.slowest == {"flash_mla": 1.6}
+    assert "vLLM's gather" in case.note
+    alone = cases("sparse_mla", where, dataclasses.replace(PEERS, prefill=None))[2]
+    assert (set(alone.peers), alone.note) == ({"flashinfer"}, "")
+    late = race.judge({"ours": 170.0, "flash_mla": 100.0}, case, RATES)
+    assert (late["floors"], late["missed"]) == ({"ratio": 1.6}, ["1.70 x FlashMLA, not 1.6"])
+    assert race.judge({"ours": 159.0, "flash_mla": 100.0}, case, RATES)["missed"] == []
+
+
+def test_a_prefills_tokens_see_what_lies_before_them():
+    shape = SparseMlaShape(5, heads=64, swa=8, extra=2, swa_block=4, extra_block=2, context=13)
+    inputs = SPARSE_MLA.inputs(shape, device="cpu")
+    table = attention.window_table(inputs, shape.context)[0]
+    for token, position in enumerate(range(8, 13)):
+        first = max(0, position - 7)
+        slots = [int(table[p // 4]) * 4 + p % 4 for p in range(first, position + 1)]
+        assert inputs["swa_indices"][token].tolist() == slots
+        chosen = inputs["extra_indices"][token]
+        seen = (position + 1) // 4
+        assert inputs["extra_lens"][token] == seen
+        assert len(set(chosen.tolist()) & set(range(seen))) == 2
+    pages = inputs["extra_block_table"].shape[1]
+    assert sorted(inputs["extra_block_table"][0].tolist()) == list(range(pages))
+    early = SPARSE_MLA.inputs(dataclasses.replace(shape, context=5), device="cpu")
+    assert early["extra_indices"].tolist() == [[-1, -1]] * 3 + [[0, -1]] * 2
+    assert early["swa_lens"].tolist() == [1, 2, 3, 4, 5]
+    # 8 rows of each window, and 2 compressed ones.
+    assert shape.candidates == 5 * 8 + 5 * 2
+    assert shape.flops == 2 * 2 * 50 * 64 * 512
+
+
+def test_flash_mla_is_called_by_the_names_that_it_has():
+    where = importlib.util.find_spec("vllm").submodule_search_locations[0]
+    path = Path(where) / "third_party/flashmla/flash_mla_interface.py"
+    functions = {n.name: n for n in ast.parse(path.read_text()).body if hasattr(n, "name")}
+    theirs = {argument.arg for argument in functions["flash_mla_sparse_fwd"].args.args}
+    assert set(inspect.signature(flash_mla_prefill).parameters) <= theirs
 
 
 @pytest.mark.contract
@@ -336,6 +472,23 @@ def test_a_whole_race_is_printed_written_and_drawn(on_a_gpu, tmp_path):
     assert shown.output == table
 
 
+def test_the_price_of_bits_that_no_batch_changes_is_raced(on_a_gpu, tmp_path):
+    result = tmp_path / "result.json"
+    ops = ["fp8_einsum", "hc_prenorm_gemm", "hc_post", "hc_head"]
+    ran = CliRunner().invoke(app, ["bench", *ops, "--batch-invariant", "--json", str(result)])
+    assert isinstance(ran.exception, SystemExit), ran.exception
+    rows = json.loads(result.read_text())["rows"]
+    raced = {row["op"]: set(row["error"]) for row in rows}
+    mode = "ours, batch-invariant"
+    assert raced == {
+        "fp8_einsum": {"ours", "deep_gemm", mode},
+        "hc_prenorm_gemm": {"ours", "deep_gemm", "torch", mode},
+        "hc_post": {"ours", "torch"},
+        "hc_head": {"ours", "torch", mode},
+    }
+    assert f"{mode} 120.0 ± 1.0" in ran.output.replace("\n", " ")
+
+
 def test_a_floor_that_is_missed_is_named(where):
     (case,) = [c for c in cases("mqa_logits", where)]
     case = dataclasses.replace(case, bytes=10**9, flops=2 * 10**9, copy_share=0.6)
@@ -383,7 +536,7 @@ def test_another_file_is_no_result(tmp_path):
 @pytest.mark.contract
 def test_a_peer_that_is_not_here_says_why():
     peers = find_peers()
-    for name in ("deep_gemm", "indexer", "flash_mla", "flashinfer"):
+    for name in ("deep_gemm", "indexer", "flash_mla", "flashinfer", "prefill", "rocm"):
         assert (getattr(peers, name) is None) == (name in peers.absent)
     if not torch.cuda.is_available():
         assert peers.flash_mla is None and peers.absent["flash_mla"]

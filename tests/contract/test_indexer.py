@@ -228,12 +228,27 @@ def assert_selected(rows: torch.Tensor, requests: Requests) -> None:
         assert got == pytest.approx(best, rel=1e-4, abs=1e-4)
 
 
+def in_order(rows: torch.Tensor) -> bool:
+    """Whether each row has its last position first, and -1 at its end."""
+    return bool((rows.diff(dim=1) <= 0).all())
+
+
 BATCHES = {
     "decodes": Requests([1, 1, 1], [300, 7, 3]),
     "prefills": Requests([70, 5], [70, 400]),
     "both": Requests([1, 1, 40], [90, 1000, 130]),
     "a prompt too short to have a compressed key": Requests([3, 9], [3, 9]),
 }
+
+
+@pytest.mark.parametrize("name", ["decodes", "prefills", "both"])
+def test_a_selection_has_one_order_where_batches_must_not_matter(select, monkeypatch, name):
+    _, rows = select(BATCHES[name])
+    assert not in_order(rows)
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    _, rows = select(BATCHES[name])
+    assert in_order(rows)
+    assert_selected(rows, BATCHES[name])
 
 
 @pytest.mark.parametrize("name", BATCHES)

@@ -64,6 +64,25 @@ def test_ours_serves_unless_deep_gemm_is_asked_for(machine, monkeypatch, setting
     assert providers.implementation("mqa_logits") is ops.mqa_logits
 
 
+def test_where_batches_must_not_matter_ours_take_one_plan(complete, monkeypatch):
+    from vllm_sm12x.integration import hyper_connections
+
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    one_plan = {"batch_invariant": True}
+    for op in ("fp8_einsum", "hc_prenorm_gemm"):
+        served = providers.implementation(op)
+        assert (served.func, served.keywords) == (getattr(ops, op), one_plan)
+    assert hyper_connections.head.__wrapped__().keywords == one_plan
+    # Their sums are the same in any plan.
+    for op in ("mqa_logits", "paged_mqa_logits"):
+        assert providers.implementation(op) is getattr(ops, op)
+    monkeypatch.setenv("VLLM_SM12X_PROVIDERS", "deep_gemm")
+    sentence = refusal("hc_prenorm_gemm")
+    assert "VLLM_BATCH_INVARIANT is set, and its sums are split by the number of tokens" in sentence
+    assert "unset VLLM_BATCH_INVARIANT" in sentence
+    assert providers.chosen("fp8_einsum").name == "deep_gemm"
+
+
 @pytest.mark.parametrize("op", providers.OPS)
 def test_deep_gemm_serves_what_it_is_asked_for(complete, monkeypatch, op):
     monkeypatch.setenv("VLLM_SM12X_PROVIDERS", f"{op}=deep_gemm")

@@ -10,6 +10,7 @@ import gc
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from vllm_sm12x.ops.hc_post.spec import HC_POST
 from vllm_sm12x.ops.hc_pre.spec import HC_PRE
 from vllm_sm12x.vllm_api.peers import find_peers
 
+INVARIANT = "ours, batch-invariant"
 BENCHMARK = "ops"  # what a result file says that it is
 CASES: dict[str, Callable[..., Iterator[Case]]] = {
     "sparse_mla": sparse_mla_cases,
@@ -60,6 +62,7 @@ def run_bench(
     markdown: bool,
     show: Path | None,
     revision: str | None,
+    batch_invariant: bool = False,
 ) -> int:
     """The command; its exit status: 1 where a result is red or a floor missed, 2 where none can be.
 
@@ -68,6 +71,7 @@ def run_bench(
         json_path, plot: files to write.
         markdown: print the table for a document as well.
         show: a result file to print and draw instead of measuring.
+        batch_invariant: race ours also with a token's bits the same in any batch.
     """
     console = Console(width=max(Console().width, 140))
     if unknown := [op for op in ops if op not in CASES]:
@@ -82,7 +86,7 @@ def run_bench(
             console.print(f"{show} is no result of `vllm-sm12x bench`")
             return 2
     elif torch.cuda.is_available():
-        result = _race(console, list(ops) or list(CASES), json_path, revision)
+        result = _race(console, list(ops) or list(CASES), json_path, revision, batch_invariant)
     else:
         console.print("[red]no NVIDIA GPU:[/] torch.cuda.is_available() is False")
         return 2
@@ -95,7 +99,11 @@ def run_bench(
 
 
 def _race(
-    console: Console, ops: Sequence[str], json_path: Path | None, revision: str | None
+    console: Console,
+    ops: Sequence[str],
+    json_path: Path | None,
+    revision: str | None,
+    batch_invariant: bool,
 ) -> dict[str, Any]:
     """Measure; the file has what is done so far, should the run be cut short."""
     began = time.monotonic()
@@ -121,6 +129,8 @@ def _race(
     table = Table(*COLUMNS, title="medians ± IQR of CUDA-graph replays")
     for op in ops:
         for case in CASES[op](peers, device):
+            if batch_invariant and case.invariant:
+                case = replace(case, peers={**case.peers, INVARIANT: case.invariant})
             rows.append(measure(case, rates))
             cells = table_cells(rows[-1])
             table.add_row(*cells)

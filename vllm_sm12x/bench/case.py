@@ -6,7 +6,7 @@ Rows come from the bench shapes of `ops/specs.py`.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -38,7 +38,9 @@ class Case:
         bytes, flops: that one call must move and compute.
         matrix: "bf16" or "fp8", the matrix rate that bounds the FLOP.
         copy_share: the least share of the copy bandwidth, where that is a goal.
+        slowest: of a peer, by name, how many times its time ours may take, where that is a goal.
         memory: also measure the memory that a call takes beyond its inputs.
+        invariant: ours with a token's bits the same in any batch; None if they always are.
     """
 
     op: str
@@ -55,8 +57,10 @@ class Case:
     flops: int
     matrix: str = "bf16"
     copy_share: float | None = None
+    slowest: dict[str, float] = field(default_factory=dict)
     note: str = ""
     memory: bool = False
+    invariant: Build | None = None
 
 
 def input_sets(bytes_of_one: int, device: torch.device) -> int:
@@ -75,6 +79,11 @@ def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
 def oracle_error(op: OpSpec, inputs: dict[str, Any], out: torch.Tensor) -> float:
     """Of an op with one result: its relative error."""
     return relative_error(out, op.oracle(**inputs).float())
+
+
+def spread_rows(rows: int, most: int, device: torch.device) -> torch.Tensor:
+    """At most `most` row numbers, from the first to the last."""
+    return torch.linspace(0, rows - 1, min(rows, most), device=device).long()
 
 
 def calls_of(call_of: Callable[..., Call], sets: list[dict[str, Any]]) -> list[Call]:

@@ -16,6 +16,7 @@ from vllm_sm12x.bench.case import (
     deep_gemm_peer,
     input_sets,
     relative_error,
+    spread_rows,
 )
 from vllm_sm12x.ops.launch import multiprocessors
 from vllm_sm12x.ops.mqa_logits.spec import MQA_LOGITS, MqaLogitsShape
@@ -157,7 +158,7 @@ def mqa_logits_cases(
         out = torch.empty(rows, keys, device=device)
 
         def error(result: torch.Tensor, sets=sets, rows=rows) -> float:
-            some = spread_rows(rows, result.device)
+            some = spread_rows(rows, ORACLE_ROWS, result.device)
             per_row = {name: sets[0][name][some] for name in ("q", "weights", "ks", "ke")}
             return logits_error(result[some], op.oracle(**{**sets[0], **per_row}))
 
@@ -216,7 +217,7 @@ def paged_mqa_topk_cases(
 
         def error(result: torch.Tensor, sets=sets, keys=keys) -> float:
             first = sets[0]
-            some = spread_rows(len(result), result.device)
+            some = spread_rows(len(result), ORACLE_ROWS, result.device)
             logits = PAGED_MQA_LOGITS.oracle(
                 first["q"][some].unsqueeze(1),
                 first["cache"],
@@ -294,11 +295,6 @@ def selection_difference(theirs: torch.Tensor, ours: torch.Tensor) -> float:
     other, mine = theirs.sort(1).values, ours.sort(1).values
     places = torch.searchsorted(other, mine).clamp_max(other.shape[1] - 1)
     return (other.gather(1, places) != mine).float().mean().item()
-
-
-def spread_rows(rows: int, device: torch.device) -> torch.Tensor:
-    """At most ORACLE_ROWS row numbers, from the first to the last."""
-    return torch.linspace(0, rows - 1, min(rows, ORACLE_ROWS), device=device).long()
 
 
 def random_e4m3(gen: torch.Generator, device: torch.device, *size: int) -> torch.Tensor:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The output projection and the hyper-connections, the GEMMs of which DeepGEMM has too."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from vllm_sm12x.bench.case import (
     relative_error,
 )
 from vllm_sm12x.ops.fp8_einsum.spec import FP8_EINSUM, Fp8EinsumShape
+from vllm_sm12x.ops.hc_head.spec import HC_HEAD
 from vllm_sm12x.ops.hc_prenorm_gemm.spec import HC_PRENORM_GEMM, HcPrenormGemmShape
 from vllm_sm12x.ops.launch import multiprocessors
 from vllm_sm12x.ops.op_spec import OpSpec
@@ -46,6 +47,8 @@ def fp8_einsum_cases(
             inputs["a_scale"] = padded.permute(2, 0, 1)[:tokens]
             sets.append(inputs)
         out = torch.empty(tokens, shape.groups, shape.cols, dtype=torch.bfloat16, device=device)
+        # An output of its own, so that the two can be compared.
+        invariant = partial(op.function, out=torch.empty_like(out), batch_invariant=True)
         yield Case(
             op=op.name,
             shape=f"T {tokens}, {shape.groups} groups",
@@ -61,6 +64,7 @@ def fp8_einsum_cases(
             bytes=shape.bytes,
             flops=shape.flops,
             copy_share=0.6 if (tokens, shape.groups) == (1, 8) else None,
+            invariant=partial(calls_of, _calls_with(invariant), sets),
         )
 
 
@@ -117,6 +121,9 @@ def hc_prenorm_gemm_cases(
             bytes=shape.bytes,
             flops=shape.flops,
             copy_share=0.7 if (shape.tokens, shape.depth) == (4096, 16_384) else None,
+            invariant=partial(
+                calls_of, _calls_with(partial(op.function, batch_invariant=True)), sets
+            ),
         )
 
 
@@ -167,9 +174,7 @@ def hc_mix_cases(
 ) -> Iterator[Case]:
     """What surrounds the GEMM (hc_pre, hc_post, hc_head), against the oracle's torch code."""
 
-    def by_torch(inputs: dict[str, Any]) -> Call:
-        return partial(op.oracle, **inputs)
-
+    invariant = partial(op.function, batch_invariant=True) if op is HC_HEAD else None
     for shape in op.bench if shapes is None else shapes:
         count = input_sets(shape.bytes, device)
         sets = [op.inputs(shape, device=device, seed=seed) for seed in range(count)]
@@ -179,14 +184,20 @@ def hc_mix_cases(
             series=f"{shape.streams} x {shape.width}",
             at=shape.tokens,
             ours=[partial(op.function, **inputs) for inputs in sets],
-            peers={"torch": partial(calls_of, by_torch, sets)},
+            peers={"torch": partial(calls_of, _calls_with(op.oracle), sets)},
             error=partial(results_error, op, sets[0]),
             tolerance=op.tolerance,
             difference=results_difference,
             peer_tolerance=op.tolerance,
             bytes=shape.bytes,
             flops=shape.flops,
+            invariant=invariant and partial(calls_of, _calls_with(invariant), sets),
         )
+
+
+def _calls_with(function: Callable[..., Any]) -> Callable[[dict[str, Any]], Call]:
+    """Makes of a set of inputs the call of `function` with it."""
+    return lambda inputs: partial(function, **inputs)
 
 
 def results_error(op: OpSpec, inputs: dict[str, Any], results: Any) -> float:

@@ -13,6 +13,7 @@ NAMES = {
     "flash_mla": "FlashMLA",
     "flashinfer": "FlashInfer",
     "logits, top-k": "two passes",
+    "rocm": "vLLM's ROCm Triton",
     "torch": "torch",
 }
 COLUMNS = (

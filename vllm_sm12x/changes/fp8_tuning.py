@@ -13,9 +13,9 @@ def _unless_batch_invariant(context: Context) -> Verdict:
     on_path = on_sm12x_path(context)
     if not on_path.yes:
         return on_path
-    from vllm_sm12x.vllm_api import fp8_configs as stock
+    from vllm_sm12x.vllm_api.envs import batch_invariant
 
-    return Verdict(not stock.batch_invariant(), "VLLM_BATCH_INVARIANT asks for one configuration")
+    return Verdict(not batch_invariant(), "VLLM_BATCH_INVARIANT asks for one configuration")
 
 
 def _default_is_for_large_m(context: Context) -> Verdict:

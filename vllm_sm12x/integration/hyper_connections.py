@@ -20,12 +20,19 @@ from vllm_sm12x.ops.hc_head import hc_head
 from vllm_sm12x.ops.hc_post import hc_post
 from vllm_sm12x.ops.hc_pre import hc_pre
 from vllm_sm12x.vllm_api.config import current_config
+from vllm_sm12x.vllm_api.envs import batch_invariant
 
 
 @functools.cache
 def prenorm_gemm() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """What serves `vllm_sm12x.ops.hc_prenorm_gemm` in this process."""
     return providers.implementation("hc_prenorm_gemm")
+
+
+@functools.cache
+def head() -> Callable[..., torch.Tensor]:
+    """`vllm_sm12x.ops.hc_head` as this process launches it."""
+    return functools.partial(hc_head, batch_invariant=batch_invariant())
 
 
 def mhc_pre(
@@ -184,7 +191,7 @@ def hc_head_fused_kernel(
     hc_eps: float,
 ) -> torch.Tensor:
     """bf16 [T, d] of hs_flat bf16 [T, hc, d]; fn fp32 [hc, hc * d], hc_scale [1], hc_base [hc]."""
-    return hc_head(hs_flat, fn, hc_scale, hc_base, rms_eps=rms_eps, hc_eps=hc_eps)
+    return head()(hs_flat, fn, hc_scale, hc_base, rms_eps=rms_eps, hc_eps=hc_eps)
 
 
 def register_warmup(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:

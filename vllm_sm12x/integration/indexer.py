@@ -19,6 +19,7 @@ import torch
 from vllm_sm12x import knobs
 from vllm_sm12x.integration import providers
 from vllm_sm12x.ops import paged_mqa_topk
+from vllm_sm12x.vllm_api.envs import batch_invariant
 from vllm_sm12x.vllm_api.indexer import (
     AttentionCGSupport,
     DeepseekV4IndexerBackend,
@@ -186,6 +187,7 @@ class SparseIndexer(torch.nn.Module):
         scheduler = vllm_config.scheduler_config
         self.most_rows = max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs * self.next_n)
         self.one_pass = in_one_pass()
+        self.in_order = batch_invariant()
         self.mqa_logits = providers.implementation("mqa_logits")
         self.paged_mqa_logits = providers.implementation("paged_mqa_logits")
         # DeepGEMM allocates its scores itself.
@@ -209,11 +211,14 @@ class SparseIndexer(torch.nn.Module):
 
         Returns:
             int32 [max tokens, top-k]: positions among the request's compressed keys, -1 past the
-            last; rows of this batch's tokens are written.
+            last; rows of this batch's tokens are written. Their order is any; with
+            VLLM_BATCH_INVARIANT the last position comes first.
         """
         metadata = current_metadata()
+        selected = self.top_k_indices[: hidden_states.shape[0], : self.top_k]
         if metadata is None:
             self._reserve()
+            self._put_in_order(selected)
             return self.top_k_indices
         mine = metadata[self.k_cache.prefix]
         self.top_k_indices[: hidden_states.shape[0]] = -1
@@ -225,7 +230,13 @@ class SparseIndexer(torch.nn.Module):
                 self._prefill(cache, q_quant, weights, mine.prefill.chunks)
         if mine.num_decode_tokens:
             self._decode(cache.unsqueeze(2), q_quant, weights, mine)
+        self._put_in_order(selected)
         return self.top_k_indices
+
+    def _put_in_order(self, selected: torch.Tensor) -> None:
+        """Selection leaves positions in the order in which its threads met; attention sums so."""
+        if self.in_order:
+            selected.copy_(selected.sort(1, descending=True).values)
 
     def _rows_at_once(self) -> int:
         """Rows of decode scores that the cap allows, at least one."""

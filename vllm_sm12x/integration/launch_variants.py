@@ -12,14 +12,16 @@ from vllm_sm12x.ops.hc_post import config as hc_post
 from vllm_sm12x.ops.hc_pre import config as hc_pre
 from vllm_sm12x.ops.hc_prenorm_gemm import config as hc_prenorm_gemm
 from vllm_sm12x.ops.sparse_mla import config as sparse_mla
+from vllm_sm12x.vllm_api.envs import batch_invariant
 
 
 def launch_policy() -> sparse_mla.LaunchPolicy:
-    """The limits of sparse_mla's launches that the user's settings give."""
+    """The limits of sparse_mla's launches that the user's settings and vLLM's give."""
     return sparse_mla.LaunchPolicy(
         head_block=knobs.get("VLLM_TRITON_MLA_SPARSE_HEAD_BLOCK_SIZE"),
         topk_chunk=knobs.get("VLLM_TRITON_MLA_SPARSE_TOPK_CHUNK_SIZE"),
         query_chunk=knobs.get("VLLM_TRITON_MLA_SPARSE_QUERY_CHUNK_SIZE"),
+        batch_invariant=batch_invariant(),
     )
 
 
@@ -60,6 +62,7 @@ def variants(
 ) -> set[Hashable]:
     """Names of the compiled variants that a call with this many tokens launches."""
     found: set[Hashable] = set()
+    invariant = policy.batch_invariant
     for candidates in widths.candidates:
         attend = sparse_mla.choose(tokens, widths.heads, candidates, sms=sms, policy=policy)
         splits = attend.num_splits
@@ -67,14 +70,17 @@ def variants(
         merged = (_power_of_two(splits), splits * widths.heads % 16) if splits > 1 else None
         found.add(("sparse_mla", attend.config, merged))
     steps = widths.heads // widths.groups * HEAD_DIM // fp8_einsum.SCALE_BLOCK
-    project = fp8_einsum.choose(tokens, widths.groups, widths.output_rank, steps, sms=sms)
+    project = fp8_einsum.choose(
+        tokens, widths.groups, widths.output_rank, steps, sms=sms, batch_invariant=invariant
+    )
     scales = _power_of_two(project.steps_per_split) if project.config.scales_first else 0
     found.add(("fp8_einsum", project.config, project.num_splits > 1, scales))
     found.add(("hc_post", hc_post.choose(tokens, widths.hidden, sms=sms)))
     # The first layer's streams are one, the others' are apart.
     for depth in (widths.hidden, widths.hidden * widths.streams):
-        splits = hc_prenorm_gemm.splits_of(tokens, depth, sms=sms)
-        found.add(("hc_prenorm_gemm", depth, hc_prenorm_gemm.choose(tokens)))
+        splits = hc_prenorm_gemm.splits_of(tokens, depth, sms=sms, batch_invariant=invariant)
+        config = hc_prenorm_gemm.choose(tokens, batch_invariant=invariant)
+        found.add(("hc_prenorm_gemm", depth, config))
         found.add(("hc_pre", depth, hc_pre.choose(splits)))
     return found
 

@@ -5,6 +5,7 @@
 chooses; nothing asked for by name is replaced. Standard library only at import.
 """
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ _SM120_HEADERS = {
     "fp8_einsum": "sm120_fp8_fp4_gemm_1d1d.cuh",
     "hc_prenorm_gemm": "sm120_tf32_hc_prenorm_gemm.cuh",
 }
+# Ours whose launch plan follows the number of tokens, unless it must not.
+_PLANNED_BY_TOKENS = ("fp8_einsum", "hc_prenorm_gemm")
 _GET_DEEP_GEMM = "install a DeepGEMM with SM120 kernels"
 
 
@@ -73,13 +76,18 @@ def chosen(op: str) -> Provider:
 def implementation(op: str) -> Callable[..., Any]:
     """The function that serves an op, with the signature of the op in `vllm_sm12x.ops`.
 
-    DeepGEMM leaves the scores of keys that a row does not see unwritten where ours are -inf.
+    DeepGEMM leaves the scores of keys that a row does not see unwritten where ours are -inf. With
+    VLLM_BATCH_INVARIANT a token's bits do not depend on the number of tokens.
     Raises NoProvider, and KnobError.
     """
     if chosen(op).name == "triton":
         from vllm_sm12x import ops
+        from vllm_sm12x.vllm_api.envs import batch_invariant
 
-        return getattr(ops, op)
+        function: Callable[..., Any] = getattr(ops, op)
+        if op in _PLANNED_BY_TOKENS and batch_invariant():
+            return functools.partial(function, batch_invariant=True)
+        return function
     from vllm_sm12x.integration import deep_gemm_ops
 
     return getattr(deep_gemm_ops, op)
@@ -105,6 +113,11 @@ def probe_deep_gemm(op: str) -> Probe:
     if not header.is_file():
         reason = f"the DeepGEMM in {folder} has no SM120 kernel for it ({header.name})"
         return Probe(False, reason, _GET_DEEP_GEMM)
+    from vllm_sm12x.vllm_api.envs import batch_invariant
+
+    if op == "hc_prenorm_gemm" and batch_invariant():
+        reason = "VLLM_BATCH_INVARIANT is set, and its sums are split by the number of tokens"
+        return Probe(False, reason, "unset VLLM_BATCH_INVARIANT")
     compiler = toolkit.compiler_for_sm12x()
     if not compiler.yes:
         least = "{}.{}".format(*toolkit.SM12X_NVCC)

@@ -53,6 +53,10 @@ class TritonMlaSparseBackend(DeepseekV4FlashMLABackend):
         )
 
     @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        return True
+
+    @classmethod
     def supports_compute_capability(cls, capability: Any) -> bool:
         return capability.major >= 8
 

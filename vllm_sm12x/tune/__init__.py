@@ -182,8 +182,9 @@ def _tune(
     from vllm_sm12x.tune.search import best_for
     from vllm_sm12x.tune.space import candidates, regrouped
     from vllm_sm12x.vllm_api import fp8_configs as stock
+    from vllm_sm12x.vllm_api.envs import batch_invariant
 
-    if stock.batch_invariant():
+    if batch_invariant():
         raise TuneError(
             "VLLM_BATCH_INVARIANT is set, with which vLLM's GEMM reads no configurations: unset it "
             "to tune."

@@ -25,6 +25,11 @@ def value_of(name: str) -> Any:
     return environment_variables.get(name, lambda: None)()
 
 
+def batch_invariant() -> bool:
+    """Whether the user asked for results that do not depend on the batch (VLLM_BATCH_INVARIANT)."""
+    return bool(value_of("VLLM_BATCH_INVARIANT"))
+
+
 def config_root() -> Path:
     """Where vLLM keeps a user's configuration (VLLM_CONFIG_ROOT)."""
     return Path(environment_variables["VLLM_CONFIG_ROOT"]())
@@ -41,6 +46,7 @@ __all__ = [
     "MXFP4_USE_MARLIN",
     "NVFP4_CHOICES",
     "USE_DEEP_GEMM",
+    "batch_invariant",
     "config_root",
     "environment_variables",
     "tuned_config_folder",

@@ -8,7 +8,6 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from vllm import envs
 from vllm.model_executor.layers.quantization.utils import fp8_utils
 
 LOOK_UP = "get_w8a8_block_fp8_configs"
@@ -89,8 +88,3 @@ def device_name() -> str:
 def folder_of_vllm() -> Path:
     """Where vLLM keeps the configuration files that it ships."""
     return Path(inspect.getfile(fp8_utils)).resolve().parent / "configs"
-
-
-def batch_invariant() -> bool:
-    """Whether the user asked for results that do not depend on the batch (VLLM_BATCH_INVARIANT)."""
-    return bool(envs.VLLM_BATCH_INVARIANT)

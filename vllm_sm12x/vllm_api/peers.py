@@ -17,12 +17,18 @@ class Peers:
         indexer: `gather` and `top_k` of vLLM's indexer.
         flash_mla: vLLM's FlashMLA interface.
         flashinfer: FlashInfer's sparse MLA of DeepSeek V4 for SM12x.
+        prefill: what vLLM's prefill does before FlashMLA: `gather` dequantises a request's rows
+            into bf16, `combine` makes one list of a token's window and compressed rows.
+        rocm: the Triton kernels of vLLM's ROCm backend, which no ROCm is needed for: `decode`,
+            `prefill` after the same gather, and `ragged`, which packs their index lists.
     """
 
     deep_gemm: Any = None
     indexer: Any = None
     flash_mla: Any = None
     flashinfer: Any = None
+    prefill: Any = None
+    rocm: Any = None
     absent: dict[str, str] = field(default_factory=dict)
 
 
@@ -73,9 +79,33 @@ def _flashinfer() -> Any:
     return trtllm_batch_decode_sparse_mla_dsv4
 
 
+def _prefill() -> Any:
+    from vllm.models.deepseek_v4.common import ops
+
+    return SimpleNamespace(
+        gather=ops.dequantize_and_gather_k_cache, combine=ops.combine_topk_swa_indices
+    )
+
+
+def _rocm() -> Any:
+    from vllm.v1.attention.ops.rocm_aiter_mla_sparse import (
+        build_ragged_indices_from_dense,
+        rocm_sparse_attn_decode,
+        rocm_sparse_attn_prefill,
+    )
+
+    return SimpleNamespace(
+        decode=rocm_sparse_attn_decode,
+        prefill=rocm_sparse_attn_prefill,
+        ragged=build_ragged_indices_from_dense,
+    )
+
+
 _FINDERS = {
     "deep_gemm": _deep_gemm,
     "indexer": _indexer,
     "flash_mla": _flash_mla,
     "flashinfer": _flashinfer,
+    "prefill": _prefill,
+    "rocm": _rocm,
 }

@@ -19,6 +19,7 @@ def fp8_einsum(
     b_scale: torch.Tensor,
     *,
     out: torch.Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> torch.Tensor:
     """out[t,g,d] = sum_r a[t,g,r] a_scale[t,g,r/128] b[g,d,r] b_scale[g,d/128,r/128].
 
@@ -31,6 +32,7 @@ def fp8_einsum(
         b: e4m3 [G, D, R], any D; any strides with contiguous rows.
         b_scale: [G, ceil(D/128), R/128], in the form of a_scale; the two may differ in dtype.
         out: bf16 [T, G, D] with contiguous rows to write into; allocated if None.
+        batch_invariant: a token's bits do not depend on T; slower.
 
     Returns:
         out.
@@ -60,7 +62,7 @@ def fp8_einsum(
     if out is None:
         out = a.new_empty((tokens, groups, cols), dtype=torch.bfloat16)
     if out.numel():
-        plan = choose(tokens, groups, cols, steps, sms=sms)
+        plan = choose(tokens, groups, cols, steps, sms=sms, batch_invariant=batch_invariant)
         _launch(plan, a, a_scale, b, b_scale, out)
     return out
 

@@ -33,43 +33,39 @@ class LaunchPlan:
     steps_per_split: int
 
 
-# Largest first. All fit sm_120 / sm_121 (101,376 B shared memory, 255 registers) without spills
-# (tests/compile). 128 x 128 fits sm_120, but spills on sm_121, where Triton up to 3.7 converts to
-# fp16; 64 x 128 spills with 4 warps. A deep pipeline of a narrow tile keeps enough bytes in flight
-# for DRAM. Measured on an H200, 8 groups, microseconds. T = 1: 16 x 32, 2 warps, 7 stages 11.5, 5
-# stages 12.5, 4 warps 12.7; with the scales one step ahead 13.7 (4 warps, 5 stages); with R in 2
-# to 4 parts 12.7 at best. T = 64: 64 x 32 14.8, with the scales one step ahead 15.8. T = 256:
-# 64 x 128 27.8, with the scales first 35.5. T = 4096: 64 x 128 433 (128 x 128 391).
+# All fit sm_120 / sm_121 (101,376 B shared memory, 255 registers) without spills, and but for the
+# first twice on a multiprocessor (tests/compile). Measured on an H100 as SM12x would run it
+# (benchmarks/README.md), microseconds, 8 / 4 / 2 groups. T = 1: 16 x 32 15.7 / 12.0 / 7.9 with 1, 2
+# and 4 splits, without 15.7 / 13.0 / -; 16 x 16 for 4 groups 20.0. T = 32: 32 x 64 19.7 / 12.5 /
+# 8.8, 32 x 32 with 5 stages 19.2 / 13.7 / 8.7. T = 64: 64 x 64 25.1 / 16.7 / 11.8, 64 x 32 26.5 /
+# 20.7 / 15.0. T = 256: 64 x 64 68.3 / 37.2 / 23.4, 64 x 128 with 8 warps 76.9 / 41.4 / 25.9. T =
+# 4096: 64 x 64 1007, 64 x 128 1161, 128 x 128 1142. Natively, T = 4096: 64 x 128 with 4 warps 357.
 CONFIGS = (
-    LaunchConfig(block_t=64, block_d=128, num_warps=8, num_stages=4),
-    LaunchConfig(block_t=64, block_d=64, num_warps=4, num_stages=4),
-    LaunchConfig(block_t=64, block_d=32, num_warps=4, num_stages=5, scales_first=True),
-    LaunchConfig(block_t=32, block_d=64, num_warps=4, num_stages=4),
-    LaunchConfig(block_t=32, block_d=32, num_warps=4, num_stages=5),
-    LaunchConfig(block_t=16, block_d=64, num_warps=2, num_stages=5, scales_first=True),
     LaunchConfig(block_t=16, block_d=32, num_warps=2, num_stages=7, scales_first=True),
-    LaunchConfig(block_t=16, block_d=16, num_warps=2, num_stages=7, scales_first=True),
+    LaunchConfig(block_t=32, block_d=64, num_warps=4, num_stages=4, scales_first=True),
+    LaunchConfig(block_t=64, block_d=64, num_warps=4, num_stages=3),
 )
-# Up to this many tokens one row tile covers all, so that B is read from DRAM once.
-ONE_ROW_TILE = 64
+# For any number of tokens; B is read once for 64 tokens, as it is without.
+INVARIANT = CONFIGS[-1]
+PROGRAMS_PER_SM = 2
+# Parts of R, fp32, that are written and read again.
+MAX_SPLITS = 4
 # K steps below which a split is only prologue of its pipeline.
 MIN_STEPS = 4
 
 
-def choose(tokens: int, groups: int, cols: int, steps: int, *, sms: int) -> LaunchPlan:
-    """The largest tile whose grid gives every multiprocessor a program.
+def choose(
+    tokens: int, groups: int, cols: int, steps: int, *, sms: int, batch_invariant: bool = False
+) -> LaunchPlan:
+    """The tile that covers the tokens, with R split until the GPU has its programs.
 
-    If none does, the narrowest tile, with R split until the grid does: only when fewer than about
-    200 tiles of 16 columns exist, as with one or two groups a rank (TP 4 or 8).
+    `batch_invariant`: INVARIANT without splits, in which a token's bits do not depend on `tokens`.
     """
-    covering = max(16, 1 << (tokens - 1).bit_length())
-    least = min(covering, ONE_ROW_TILE)
-    fitting = [c for c in CONFIGS if least <= c.block_t <= covering]
-
-    def programs(config: LaunchConfig) -> int:
-        return groups * -(-tokens // config.block_t) * -(-cols // config.block_d)
-
-    config = next((c for c in fitting if programs(c) >= sms), fitting[-1])
-    splits = max(1, min(-(-sms // programs(config)), steps // MIN_STEPS))
+    if batch_invariant:
+        return LaunchPlan(INVARIANT, 1, steps)
+    config = next((c for c in CONFIGS if tokens <= c.block_t), CONFIGS[-1])
+    programs = groups * -(-tokens // config.block_t) * -(-cols // config.block_d)
+    most = min(MAX_SPLITS, steps // MIN_STEPS)
+    splits = max(1, min(PROGRAMS_PER_SM * sms // programs, most))
     steps_per_split = -(-steps // splits)
     return LaunchPlan(config, -(-steps // steps_per_split), steps_per_split)

@@ -19,6 +19,7 @@ def hc_head(
     *,
     rms_eps: float,
     hc_eps: float,
+    batch_invariant: bool = False,
 ) -> torch.Tensor:
     """The gated sum of the hc streams of each token; fp32 inside, same inputs give the same bits.
 
@@ -30,6 +31,7 @@ def hc_head(
         scale: fp32 [1].
         base: fp32 [hc].
         rms_eps, hc_eps: of the formula in README.md.
+        batch_invariant: a token's bits do not depend on T; slower.
 
     Returns:
         bf16 [T, d].
@@ -44,7 +46,7 @@ def hc_head(
     check_tensor("scale", scale, torch.float32, (1,), device)
     check_tensor("base", base, torch.float32, (hc,), device)
 
-    parts, sqrsum = hc_prenorm_gemm(hs.flatten(1), fn)
+    parts, sqrsum = hc_prenorm_gemm(hs.flatten(1), fn, batch_invariant=batch_invariant)
     out = hs.new_empty((tokens, width))
     if tokens:
         with launch.on_device(device):

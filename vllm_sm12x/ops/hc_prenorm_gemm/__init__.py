@@ -7,13 +7,17 @@ import triton.language as tl
 
 from vllm_sm12x.ops import launch
 from vllm_sm12x.ops.hc_prenorm_gemm.config import choose, splits_of
-from vllm_sm12x.ops.hc_prenorm_gemm.kernel import hc_prenorm_gemm_kernel, split_terms_kernel
+from vllm_sm12x.ops.hc_prenorm_gemm.kernel import hc_prenorm_gemm_kernel
 
 MAX_ROWS = 32
 
 
 def hc_prenorm_gemm(
-    x: torch.Tensor, fn: torch.Tensor, *, num_splits: int | None = None
+    x: torch.Tensor,
+    fn: torch.Tensor,
+    *,
+    num_splits: int | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x.float() @ fn.T and the sum of squares of each row of x, both as S parts of K.
 
@@ -23,6 +27,7 @@ def hc_prenorm_gemm(
         x: bf16 [T, K], any K; any stride with contiguous rows.
         fn: fp32 [N, K], N from 1 to 32, finite; any stride with contiguous rows.
         num_splits: S, at least 1; None: by shape and device (config.py).
+        batch_invariant: a token's bits, and S unless it is given, do not depend on T; slower.
 
     Returns:
         out fp32 [S, T, N] and sqrsum fp32 [S, T]; their sums over S are the results. A split that
@@ -48,17 +53,16 @@ def hc_prenorm_gemm(
         raise ValueError(f"num_splits: expected at least 1, got {num_splits}")
     sms = launch.multiprocessors("x", x.device)
 
-    splits = num_splits or splits_of(tokens, depth, sms=sms)
+    splits = num_splits or splits_of(tokens, depth, sms=sms, batch_invariant=batch_invariant)
     out = x.new_empty((splits, tokens, rows), dtype=torch.float32)
     sqrsum = x.new_empty((splits, tokens), dtype=torch.float32)
     if tokens:
-        config = choose(tokens)
+        config = choose(tokens, batch_invariant=batch_invariant)
         steps = triton.cdiv(depth, config.block_k)
         with launch.on_device(x.device):
-            weights = _split_terms(fn) if config.in_terms else fn
             hc_prenorm_gemm_kernel[(triton.cdiv(tokens, config.block_t) * splits,)](
                 x,
-                weights,
+                fn,
                 out,
                 sqrsum,
                 tokens,
@@ -68,9 +72,7 @@ def hc_prenorm_gemm(
                 splits,
                 triton.cdiv(steps, splits),
                 x.stride(0),
-                weights.stride(-2),
-                weights.stride(0),
-                IN_TERMS=config.in_terms,
+                fn.stride(0),
                 BLOCK_T=config.block_t,
                 BLOCK_N=max(16, triton.next_power_of_2(rows)),
                 BLOCK_K=config.block_k,
@@ -79,17 +81,6 @@ def hc_prenorm_gemm(
                 num_stages=config.num_stages,
             )
     return out, sqrsum
-
-
-def _split_terms(fn: torch.Tensor) -> torch.Tensor:
-    """fn's two bf16 terms, [2, N, K]; rows start at multiples of 16 bytes."""
-    rows, depth = fn.shape
-    terms = fn.new_empty((2, rows, triton.cdiv(depth, 8) * 8), dtype=torch.bfloat16)
-    block = 1024
-    split_terms_kernel[(rows, triton.cdiv(depth, block))](
-        fn, terms, depth, fn.stride(0), terms.stride(1), terms.stride(0), BLOCK=block
-    )
-    return terms
 
 
 def _check_rows(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: str) -> None:

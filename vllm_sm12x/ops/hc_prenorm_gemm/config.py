@@ -9,41 +9,54 @@ class LaunchConfig:
     """One compiled tile: BLOCK_T tokens by BLOCK_K of the sum; all rows of fn.
 
     Attributes:
-        in_terms: a kernel of its own splits fn into its bf16 terms first.
+        programs_per_sm: programs for each multiprocessor, by which K is split.
     """
 
     block_t: int
     block_k: int
     num_warps: int
     num_stages: int
-    in_terms: bool
+    programs_per_sm: int
 
     def __str__(self) -> str:
-        return f"{self.block_t}x{self.block_k}{'-terms' if self.in_terms else ''}"
+        return f"{self.block_t}x{self.block_k}"
 
 
-# Measured on an H200, K = 16384, microseconds. T = 1: 128 x 16 3.3, 64 x 16 3.4 to 3.5 (splits
-# 128). T = 64: 64 x 64 4.0. T = 4096: 64 x 64 with fn split beforehand 40.5 at 8 splits, 59.5 at
-# vLLM's 2; no tile that splits fn in its loop was among the 8 fastest at 2 to 16 splits.
-FEW = LaunchConfig(block_t=16, block_k=128, num_warps=4, num_stages=3, in_terms=False)
-SOME = LaunchConfig(block_t=64, block_k=64, num_warps=4, num_stages=3, in_terms=False)
-MANY = LaunchConfig(block_t=64, block_k=64, num_warps=4, num_stages=3, in_terms=True)
+# Measured on an H200 as SM12x would run it (benchmarks/README.md), K = 16384, microseconds. T = 64:
+# SOME 5.3. T = 256: MANY 8.4, SOME 10.1. T = 1024: MANY 21.2, 128 x 64 with 3 stages 23.6, SOME
+# 28.8. T = 4096: MANY 71.6 (with twice the programs 73.1), 128 x 64 71.5, SOME 101.1; 64 x 64 with
+# fn's terms made by a kernel of their own, as before, 112.0. Natively, T = 4096: 128 x 64 48.8,
+# 64 x 64 with such a kernel 44.1. T = 1 on an H200, natively: FEW 3.3.
+FEW = LaunchConfig(block_t=16, block_k=128, num_warps=4, num_stages=3, programs_per_sm=4)
+SOME = LaunchConfig(block_t=64, block_k=64, num_warps=4, num_stages=3, programs_per_sm=4)
+MANY = LaunchConfig(block_t=128, block_k=32, num_warps=4, num_stages=4, programs_per_sm=2)
 CONFIGS = (FEW, SOME, MANY)
-# Tokens from which the kernel that splits fn pays for its launch.
+# Two tiles of SOME, and less than two of MANY.
 MANY_TOKENS = 129
-PROGRAMS_PER_SM = 4
 # K steps of 64 below which a split is only prologue of its pipeline.
 MIN_STEPS = 2
+# Of a split, where the splits are the same for any number of tokens: some more would be quicker for
+# one token, and for thousands write and read again as many more parts. Not measured.
+INVARIANT_STEPS = 8
 
 
-def choose(tokens: int) -> LaunchConfig:
-    """The configuration for calls with this many tokens."""
+def choose(tokens: int, *, batch_invariant: bool = False) -> LaunchConfig:
+    """The configuration for calls with this many tokens; `batch_invariant`: for any number."""
+    if batch_invariant:
+        return SOME
     if tokens <= FEW.block_t:
         return FEW
     return SOME if tokens < MANY_TOKENS else MANY
 
 
-def splits_of(tokens: int, depth: int, *, sms: int) -> int:
-    """Splits of K: as many as give each multiprocessor PROGRAMS_PER_SM programs, at least 1."""
-    row_tiles = max(1, -(-tokens // choose(tokens).block_t))
-    return max(1, min(PROGRAMS_PER_SM * sms // row_tiles, -(-depth // 64) // MIN_STEPS))
+def splits_of(tokens: int, depth: int, *, sms: int, batch_invariant: bool = False) -> int:
+    """Splits of K: as many as give each multiprocessor its programs, at least 1.
+
+    `batch_invariant`: by K alone.
+    """
+    steps = -(-depth // 64)
+    if batch_invariant:
+        return -(-steps // INVARIANT_STEPS)
+    config = choose(tokens)
+    row_tiles = max(1, -(-tokens // config.block_t))
+    return max(1, min(config.programs_per_sm * sms // row_tiles, steps // MIN_STEPS))

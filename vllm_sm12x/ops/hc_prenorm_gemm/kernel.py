@@ -21,19 +21,6 @@ def _two_terms(fn):
     return high, (fn - high.to(tl.float32)).to(tl.bfloat16)
 
 
-@triton.jit
-def split_terms_kernel(
-    fn_ptr, terms_ptr, depth, fn_stride_n, terms_stride_n, terms_stride, BLOCK: tl.constexpr
-):
-    """Write fn's two terms, [2, N, K]. Grid (N, K blocks)."""
-    row = tl.program_id(0).to(tl.int64)
-    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    high, low = _two_terms(tl.load(fn_ptr + row * fn_stride_n + k, mask=k < depth, other=0.0))
-    out_ptrs = terms_ptr + row * terms_stride_n + k
-    tl.store(out_ptrs, high, mask=k < depth)
-    tl.store(out_ptrs + terms_stride, low, mask=k < depth)
-
-
 @triton.jit(do_not_specialize=["tokens", "num_splits", "steps", "steps_per_split"])
 def hc_prenorm_gemm_kernel(
     x_ptr,
@@ -48,17 +35,12 @@ def hc_prenorm_gemm_kernel(
     steps_per_split,
     x_stride_t,
     fn_stride_n,
-    terms_stride,
-    IN_TERMS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
 ):
-    """BLOCK_T tokens by all rows of fn over one share of K. Grid (row tiles * splits).
-
-    fn is fp32 [N, K], or with IN_TERMS already its two bf16 terms [2, N, K].
-    """
+    """BLOCK_T tokens by all rows of fn over one share of K. Grid (row tiles * splits)."""
     split = tl.program_id(0) % num_splits
     t = tl.program_id(0) // num_splits * BLOCK_T + tl.arange(0, BLOCK_T)
     n = tl.arange(0, BLOCK_N)
@@ -76,11 +58,7 @@ def hc_prenorm_gemm_kernel(
     for _ in range(first, last):
         in_depth = (k < depth)[None, :]
         x = tl.load(x_ptrs, mask=in_tokens & in_depth, other=0.0)
-        high = tl.load(fn_ptrs, mask=in_rows & in_depth, other=0.0)
-        if IN_TERMS:
-            low = tl.load(fn_ptrs + terms_stride, mask=in_rows & in_depth, other=0.0)
-        else:
-            high, low = _two_terms(high)
+        high, low = _two_terms(tl.load(fn_ptrs, mask=in_rows & in_depth, other=0.0))
         operand = x.to(DOT_DTYPE)
         part = tl.dot(operand, tl.trans(low.to(DOT_DTYPE)))
         part = tl.dot(operand, tl.trans(high.to(DOT_DTYPE)), part)

@@ -52,7 +52,8 @@ def sparse_mla(
         softmax_scale: factor of the scores.
         out: bf16 [T, H, 512] to write into; allocated if None.
         return_lse: also return the natural LSE over the candidates, without the sink.
-        policy: launch limits; None: the defaults.
+        policy: launch limits, and whether a token's bits may depend on how many there are; None:
+            the defaults.
 
     Returns:
         out, or (out, lse) with lse fp32 [T, H].
@@ -102,9 +103,8 @@ def sparse_mla(
         if extra_indices is not None:
             candidates += extra_indices.shape[1]
         plan = choose(tokens, heads, candidates, sms=sms, policy=policy or LaunchPolicy())
-        step = tokens if plan.num_splits > 1 else plan.tokens_per_launch
-        for start in range(0, tokens, step):
-            rows = slice(start, start + step)
+        for start in range(0, tokens, plan.tokens_per_launch):
+            rows = slice(start, start + plan.tokens_per_launch)
             _launch(
                 plan.config,
                 plan.num_splits,
@@ -223,7 +223,6 @@ def _launch(
                 HAS_SINK=sink is not None,
                 HAS_LSE=lse is not None,
                 BLOCK_S=triton.next_power_of_2(num_splits),
-                BLOCK_D=128,
                 num_warps=4,
             )
 

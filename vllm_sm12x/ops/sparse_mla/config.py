@@ -2,6 +2,9 @@
 """Launch configurations of sparse_mla: a static table, chosen from shapes only (graph-safe)."""
 
 from dataclasses import dataclass
+from functools import lru_cache
+
+from vllm_sm12x.ops.fp8_ds_mla import HEAD_DIM
 
 
 @dataclass(frozen=True)
@@ -14,6 +17,18 @@ class LaunchConfig:
 
 
 @dataclass(frozen=True)
+class Pace:
+    """Microseconds of one program: to start and to end, and for each tile in between."""
+
+    ends: float
+    tile: float
+
+    def of(self, tiles: int) -> float:
+        """Of a program with so many tiles."""
+        return self.ends + tiles * self.tile
+
+
+@dataclass(frozen=True)
 class LaunchPolicy:
     """What a caller may steer; the defaults are those of the VLLM_TRITON_MLA_SPARSE_* settings.
 
@@ -23,11 +38,14 @@ class LaunchPolicy:
         topk_chunk: candidates of one query that all its splits together process at one time;
             bounds the number of splits and with it the fp32 partial workspace.
         query_chunk: a launch without splits covers whole multiples of this many query tokens.
+        batch_invariant: the plan, and with it a token's bits, do not depend on how many tokens
+            there are.
     """
 
     head_block: int | None = None
     topk_chunk: int = 512
     query_chunk: int = 256
+    batch_invariant: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,15 +61,32 @@ class LaunchPlan:
 # read the packed rows directly. Measured ahead of time for both (tests/compile).
 CONFIGS = {
     1: LaunchConfig(block_h=16, block_n=16, num_warps=4),  # 33 KiB: 2 programs on an SM
-    2: LaunchConfig(block_h=32, block_n=32, num_warps=8),  # 66 KiB
+    2: LaunchConfig(block_h=32, block_n=16, num_warps=4),  # 49 KiB: 2 programs, just
     4: LaunchConfig(block_h=64, block_n=16, num_warps=8),  # 82 KiB: one dequantisation, 64 heads
 }
+# By key of CONFIGS: where each multiprocessor has one program, and where it has two at a time.
+# Fitted to an H200 that runs the code and has the shared memory of SM12x (benchmarks/README.md,
+# "As SM12x would run it"), 16 to 128 heads, 1 to 512 tokens, 128 to 1,152 candidates: the plan is
+# within 7 % of the best one measured.
+PACES = {
+    1: (Pace(4.5, 1.2), Pace(4.8, 2.0)),
+    2: (Pace(4.9, 1.36), Pace(7.8, 2.06)),
+    4: (Pace(9.0, 1.87),),
+}
+# The merge kernel, and what of it each MB of partial results takes.
+MERGE_US = 2.5
+MERGE_US_PER_MB = 0.1
+# Bound of the partial results of a launch, which are fp32.
+WORKSPACE_BYTES = 64 << 20
 # Waves of the grid after which the last, partly filled one no longer matters.
 WAVES_PER_LAUNCH = 8
-# A candidate list of at most this length leaves nothing to gain from the widest tile.
-SHORT_LIST = 128
+# Splits where one plan serves one token and thousands, and the longest list that has none: more
+# would write more fp32 than a prefill reads, fewer would leave one token more waiting.
+INVARIANT_SPLITS = 4
+INVARIANT_SHORT_LIST = 128
 
 
+@lru_cache(maxsize=4096)
 def choose(
     tokens: int, heads: int, candidates: int, *, sms: int, policy: LaunchPolicy
 ) -> LaunchPlan:
@@ -60,32 +95,71 @@ def choose(
     Depends on shapes and on the device only, never on lengths: a captured CUDA graph stays right
     when the lengths change.
     """
-    config = CONFIGS[policy.head_block or _head_block(tokens, heads, candidates, sms)]
+    if policy.batch_invariant:
+        return _invariant(heads, candidates, sms, policy)
+    _, group, splits = min(
+        (_us(group, splits, tokens, heads, candidates, sms), group, splits)
+        for group in ([policy.head_block] if policy.head_block else _groups(heads))
+        for splits in _splits(group, tokens, heads, candidates, sms, policy)
+    )
+    config = CONFIGS[group]
+    return LaunchPlan(config, splits, _tokens_per_launch(heads, config, sms, policy))
+
+
+def _splits(
+    group: int, tokens: int, heads: int, candidates: int, sms: int, policy: LaunchPolicy
+) -> list[int]:
+    """Numbers of splits to consider: none, and those that fill the GPU a few times."""
+    config = CONFIGS[group]
+    most = min(
+        _cdiv(candidates, config.block_n),
+        policy.topk_chunk // config.block_n,
+        WORKSPACE_BYTES // _partial_bytes(tokens, heads),
+    )
+    fills = range(1, 2 * len(PACES[group]) + 2)
     programs = tokens * _cdiv(heads, config.block_h)
-    tiles = _cdiv(candidates, config.block_n)
-    splits = max(1, min(sms // programs, tiles, policy.topk_chunk // config.block_n))
+    return sorted({max(1, min(fill * sms // programs, most)) for fill in fills} | {1})
+
+
+def _us(group: int, splits: int, tokens: int, heads: int, candidates: int, sms: int) -> float:
+    """What a plan takes: waves of programs of equal length, and the merge."""
+    config, paces = CONFIGS[group], PACES[group]
+    tiles = _cdiv(_cdiv(candidates, config.block_n), splits)
+    programs = tokens * _cdiv(heads, config.block_h) * splits
+    # A first wave spreads over the multiprocessors; those after it fill one after the other.
+    pace = paces[min(_cdiv(programs, sms), len(paces)) - 1]
+    us = _cdiv(programs, len(paces) * sms) * pace.of(tiles)
+    if splits > 1:
+        us += MERGE_US + MERGE_US_PER_MB * splits * _partial_bytes(tokens, heads) / 1e6
+    return us
+
+
+def _partial_bytes(tokens: int, heads: int) -> int:
+    """Of one split."""
+    return tokens * heads * HEAD_DIM * 4
+
+
+def _tokens_per_launch(heads: int, config: LaunchConfig, sms: int, policy: LaunchPolicy) -> int:
     blocks_per_chunk = policy.query_chunk * _cdiv(heads, config.block_h)
-    chunks = _cdiv(WAVES_PER_LAUNCH * sms, blocks_per_chunk)
-    return LaunchPlan(config, splits, policy.query_chunk * chunks)
+    return policy.query_chunk * _cdiv(WAVES_PER_LAUNCH * sms, blocks_per_chunk)
 
 
-def _head_block(tokens: int, heads: int, candidates: int, sms: int) -> int:
-    """Small while the grid has room, as a small tile has less latency; 64 heads for throughput.
+def _invariant(heads: int, candidates: int, sms: int, policy: LaunchPolicy) -> LaunchPlan:
+    """The plan for any number of tokens: the widest tile, and splits by the width of the lists.
 
-    H100, 64 heads, code for mma.sync (benchmarks/README.md, "As SM12x would run it"), us with 16,
-    32 and 64 heads a program: 640 candidates, T=1 13.4 / 16.3 / 17.2, T=4 16.2 / 18.0 / 20.6, T=16
-    32.5 / 35.2 / 34.5, T=64 86.9 / 71.6 / 61.8, T=512 624 / 526 / 344; 128 candidates, T=64
-    20.2 / 17.1 / 30.6. At T=16 and 1,152 candidates 16 heads took 52 on an H200, where 64 took 46
-    with an older and slower tile.
+    The kernel shares out a token's own candidates, so that only the number of splits matters to its
+    sums, and not the launch that it is in.
     """
-    groups = [g for g in CONFIGS if g == 1 or CONFIGS[g // 2].block_h < heads]
-    room = sms if candidates <= SHORT_LIST else sms // 4
-    if tokens * _cdiv(heads, CONFIGS[1].block_h) <= room:
-        return groups[0]
-    if candidates <= SHORT_LIST:
-        fitting = (g for g in groups if tokens * _cdiv(heads, CONFIGS[g].block_h) <= sms)
-        return next(fitting, groups[-1])
-    return groups[-1]
+    config = CONFIGS[policy.head_block or _groups(heads)[-1]]
+    if candidates <= INVARIANT_SHORT_LIST:
+        return LaunchPlan(config, 1, _tokens_per_launch(heads, config, sms, policy))
+    splits = max(1, min(INVARIANT_SPLITS, policy.topk_chunk // config.block_n))
+    return LaunchPlan(config, splits, max(1, WORKSPACE_BYTES // _partial_bytes(splits, heads)))
+
+
+def _groups(heads: int) -> list[int]:
+    """Keys of CONFIGS whose tile is not more than twice as wide as there are heads."""
+    return [g for g in CONFIGS if g == 1 or CONFIGS[g // 2].block_h < heads]
 
 
 def _cdiv(a: int, b: int) -> int:

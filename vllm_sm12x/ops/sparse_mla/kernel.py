@@ -9,6 +9,8 @@ Design constraints, please keep them when editing:
   together again in each iteration, and bf16 values are converted one by one.
 - `K @ Q^T` then `P @ K`: with 64 heads and 16 candidates a tile, no warp repeats another's MMA on
   mma.sync hardware (README.md, "Tile forms").
+- A row is two halves of 256 values, each with its own dot and accumulator: the 32 MMAs of one dot
+  over 512 values wait for each other, those of two halves need not (README.md, "Halves").
 - SWA and extra candidates are one list of tiles, so one online softmax serves both.
 - The widest tiles leave no register over. What the epilogue needs of the place in the grid
   it works out again: kept through the loop, it spills in Triton 3.7 and 3.8.
@@ -20,9 +22,11 @@ import triton
 import triton.language as tl
 
 HEAD_DIM = tl.constexpr(512)
+HALF_DIM = tl.constexpr(256)
 DATA_BYTES = tl.constexpr(576)
-# A row in 32-bit words: 7 groups of 16 with one scale each, then RoPE.
+# A row in 32-bit words: 7 groups of 16 with one scale each, then RoPE. Four groups are a half.
 GROUPS = tl.constexpr(8)
+HALF_GROUPS = tl.constexpr(4)
 NOPE_GROUPS = tl.constexpr(7)
 GROUP_WORDS = tl.constexpr(16)
 ROPE_WORDS = tl.constexpr(32)
@@ -117,9 +121,7 @@ def _load_rows(
     EXTRA_BLOCK: tl.constexpr,
     HAS_EXTRA: tl.constexpr,
 ):
-    """Raw rows of one tile: NoPE words [BLOCK_N, 8, 16], RoPE words [BLOCK_N, 32], and
-    scale bytes [BLOCK_N, 8]. The last of the 8 groups is RoPE's and has no NoPE words.
-    """
+    """Raw rows of one tile: `_load_half` of both halves, and RoPE words [BLOCK_N, 32]."""
     base = swa_ptr
     stride = swa_page_stride
     valid = slot >= 0
@@ -137,45 +139,62 @@ def _load_rows(
     start = page.to(tl.int64) * stride
     data = start + row * DATA_BYTES
     words_ptr = base.to(tl.pointer_type(tl.int32)) + data // 4
-    group = tl.arange(0, GROUPS)
-    nope = tl.load(
-        words_ptr[:, None, None]
-        + (group * GROUP_WORDS)[None, :, None]
-        + tl.arange(0, GROUP_WORDS)[None, None, :],
-        mask=valid[:, None, None] & (group < NOPE_GROUPS)[None, :, None],
-        other=0,
-    )
+    scales_ptr = base + (start + scale_offset + row * GROUPS)
+    low, low_scale = _load_half(words_ptr, scales_ptr, valid, False)
+    high, high_scale = _load_half(words_ptr, scales_ptr, valid, True)
     rope = tl.load(
         words_ptr[:, None] + (tl.arange(0, ROPE_WORDS) + NOPE_GROUPS * GROUP_WORDS)[None, :],
         mask=valid[:, None],
         other=0,
     )
-    scale = tl.load(
-        base + (start + scale_offset + row * GROUPS)[:, None] + group[None, :],
-        mask=valid[:, None],
-        other=127,
-    )
-    return nope, rope, scale
+    return low, low_scale, high, high_scale, rope
 
 
 @triton.jit
-def _dequantise(nope, rope, scale, BLOCK_N: tl.constexpr, NATIVE: tl.constexpr):
-    """K tile [BLOCK_N, 512] of `_load_rows`' words: bf16, or fp32 in the interpreter."""
-    group = tl.arange(0, GROUPS)
-    is_nope = (group < NOPE_GROUPS)[None, :, None]
+def _load_half(words_ptr, scales_ptr, valid, HIGH: tl.constexpr):
+    """NoPE words [BLOCK_N, 4, 16] and scale bytes [BLOCK_N, 4] of the low or high half of each row.
+
+    The last group of the high half is RoPE's and has no NoPE words.
+    """
+    group = tl.arange(0, HALF_GROUPS)
+    nope = valid[:, None, None]
+    if HIGH:
+        group += HALF_GROUPS
+        nope = nope & (group < NOPE_GROUPS)[None, :, None]
+    words = tl.load(
+        words_ptr[:, None, None]
+        + (group * GROUP_WORDS)[None, :, None]
+        + tl.arange(0, GROUP_WORDS)[None, None, :],
+        mask=nope,
+        other=0,
+    )
+    scale = tl.load(scales_ptr[:, None] + group[None, :], mask=valid[:, None], other=127)
+    return words, scale
+
+
+@triton.jit
+def _dequantise(
+    words, scale, rope, HIGH: tl.constexpr, BLOCK_N: tl.constexpr, NATIVE: tl.constexpr
+):
+    """Half a K tile, [BLOCK_N, 256], of `_load_half`: bf16, or fp32 in the interpreter.
+
+    HIGH takes its last group from `rope`.
+    """
+    is_nope = (tl.arange(0, HALF_GROUPS) < NOPE_GROUPS - HALF_GROUPS)[None, :, None]
     factor = (scale.to(tl.int32) << 23).to(tl.float32, bitcast=True)
-    factor = tl.broadcast_to(factor[:, :, None], (BLOCK_N, GROUPS, GROUP_WORDS))
+    factor = tl.broadcast_to(factor[:, :, None], (BLOCK_N, HALF_GROUPS, GROUP_WORDS))
     if NATIVE:
-        low, high = tl.inline_asm_elementwise(
+        first, second = tl.inline_asm_elementwise(
             _UNPACK_E4M3,
             "=r,=r,r,r",
-            [nope, factor],
+            [words, factor],
             dtype=(tl.int32, tl.int32),
             is_pure=True,
             pack=1,
         )
-        pairs = tl.reshape(tl.join(low, high), (BLOCK_N, GROUPS, ROPE_WORDS))
-        pairs = tl.where(is_nope, pairs, rope[:, None, :])
+        pairs = tl.reshape(tl.join(first, second), (BLOCK_N, HALF_GROUPS, ROPE_WORDS))
+        if HIGH:
+            pairs = tl.where(is_nope, pairs, rope[:, None, :])
         even, odd = tl.inline_asm_elementwise(
             "mov.b32 {$0, $1}, $2;",
             "=h,=h,r",
@@ -184,21 +203,23 @@ def _dequantise(nope, rope, scale, BLOCK_N: tl.constexpr, NATIVE: tl.constexpr):
             is_pure=True,
             pack=1,
         )
-        k = tl.reshape(tl.join(even, odd), (BLOCK_N, HEAD_DIM))
+        k = tl.reshape(tl.join(even, odd), (BLOCK_N, HALF_DIM))
         # Not pure, so that Triton does not look through it: from a join it concludes that the dot
         # has 8-bit operands, and then loads them without ldmatrix.
         k = tl.inline_asm_elementwise(
             "mov.b32 $0, $1;", "=r,r", [k], dtype=tl.bfloat16, is_pure=False, pack=2
         )
     else:
-        even = tl.join(_e4m3(nope, 0), _e4m3(nope, 2))
-        odd = tl.join(_e4m3(nope, 1), _e4m3(nope, 3))
-        values = tl.join(even, odd) * factor[:, :, :, None, None]
-        values = tl.reshape(values, (BLOCK_N, GROUPS, HEAD_DIM // GROUPS))
-        even = (rope << 16).to(tl.float32, bitcast=True)
-        odd = (rope & -65536).to(tl.float32, bitcast=True)
-        rope_values = tl.reshape(tl.join(even, odd), (BLOCK_N, 1, HEAD_DIM // GROUPS))
-        k = tl.reshape(tl.where(is_nope, values, rope_values), (BLOCK_N, HEAD_DIM))
+        even = tl.join(_e4m3(words, 0), _e4m3(words, 2))
+        odd = tl.join(_e4m3(words, 1), _e4m3(words, 3))
+        k = tl.join(even, odd) * factor[:, :, :, None, None]
+        k = tl.reshape(k, (BLOCK_N, HALF_GROUPS, HEAD_DIM // GROUPS))
+        if HIGH:
+            even = (rope << 16).to(tl.float32, bitcast=True)
+            odd = (rope & -65536).to(tl.float32, bitcast=True)
+            rope_values = tl.reshape(tl.join(even, odd), (BLOCK_N, 1, HEAD_DIM // GROUPS))
+            k = tl.where(is_nope, k, rope_values)
+        k = tl.reshape(k, (BLOCK_N, HALF_DIM))
     return k
 
 
@@ -280,7 +301,7 @@ def sparse_mla_kernel(
     head_blocks = tl.cdiv(num_heads, BLOCK_H)
     token, h, head_mask = _place(head_blocks, num_heads, BLOCK_H, False)
     split = tl.program_id(1)
-    d = tl.arange(0, HEAD_DIM)
+    d = tl.arange(0, HALF_DIM)
 
     swa_len = swa_width
     if HAS_SWA_LENS:
@@ -305,13 +326,14 @@ def sparse_mla_kernel(
 
     q_row_ptr = q_ptr + token * q_stride_t
     q_ptrs = q_row_ptr + h[:, None] * q_stride_h + d[None, :]
-    q = tl.load(q_ptrs, mask=head_mask[:, None], other=0.0).to(DOT_DTYPE)
+    q_low = tl.load(q_ptrs, mask=head_mask[:, None], other=0.0).to(DOT_DTYPE)
+    q_high = tl.load(q_ptrs + HALF_DIM, mask=head_mask[:, None], other=0.0).to(DOT_DTYPE)
 
     slot = _load_slots(
         first, swa_tiles, swa_len, extra_len, swa_row_ptr, extra_row_ptr, table_row_ptr,
         table_width, EXTRA_BLOCK, HAS_EXTRA, HAS_TABLE, BLOCK_N,
     )  # fmt: skip
-    nope, rope, scale = _load_rows(
+    low, low_scale, high, high_scale, rope = _load_rows(
         first, swa_tiles, slot, swa_ptr, extra_ptr, swa_page_stride, extra_page_stride,
         SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA,
     )  # fmt: skip
@@ -322,13 +344,15 @@ def sparse_mla_kernel(
 
     running_max = tl.full((BLOCK_H,), MASKED, tl.float32)
     running_sum = tl.zeros((BLOCK_H,), tl.float32)
-    acc = tl.zeros((BLOCK_H, HEAD_DIM), tl.float32)
+    acc_low = tl.zeros((BLOCK_H, HALF_DIM), tl.float32)
+    acc_high = tl.zeros((BLOCK_H, HALF_DIM), tl.float32)
     scale_log2 = softmax_scale * LOG2E
     for tile in tl.range(first, last, num_stages=1):
-        k = _dequantise(nope, rope, scale, BLOCK_N, NATIVE)
+        k_low = _dequantise(low, low_scale, rope, False, BLOCK_N, NATIVE)
+        k_high = _dequantise(high, high_scale, rope, True, BLOCK_N, NATIVE)
         valid = slot >= 0
         slot = next_slot
-        nope, rope, scale = _load_rows(
+        low, low_scale, high, high_scale, rope = _load_rows(
             tile + 1, swa_tiles, slot, swa_ptr, extra_ptr, swa_page_stride, extra_page_stride,
             SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA,
         )  # fmt: skip
@@ -336,14 +360,20 @@ def sparse_mla_kernel(
             tile + 2, swa_tiles, swa_len, extra_len, swa_row_ptr, extra_row_ptr, table_row_ptr,
             table_width, EXTRA_BLOCK, HAS_EXTRA, HAS_TABLE, BLOCK_N,
         )  # fmt: skip
-        s = tl.where(valid[:, None], tl.dot(k, tl.trans(q)) * scale_log2, MASKED)
+        # Scaled before the sum, which Triton would make one chain of MMAs again.
+        s = tl.dot(k_low, tl.trans(q_low)) * scale_log2
+        s += tl.dot(k_high, tl.trans(q_high)) * scale_log2
+        s = tl.where(valid[:, None], s, MASKED)
         new_max = tl.maximum(running_max, tl.max(s, 0))
         rescale = tl.exp2(running_max - new_max)
         # Before P is staged, so that the two share their shared memory.
-        acc = acc * rescale[:, None]
+        acc_low = acc_low * rescale[:, None]
+        acc_high = acc_high * rescale[:, None]
         p = tl.exp2(s - tl.maximum(new_max, MASKED / 2)[None, :])  # 0 where s is MASKED
         running_sum = running_sum * rescale + tl.sum(p, 0)
-        acc = tl.dot(tl.trans(p).to(DOT_DTYPE), k, acc)
+        p = tl.trans(p).to(DOT_DTYPE)
+        acc_low = tl.dot(p, k_low, acc_low)
+        acc_high = tl.dot(p, k_high, acc_high)
         running_max = new_max
 
     token, h, head_mask = _place(head_blocks, num_heads, BLOCK_H, NATIVE)
@@ -354,7 +384,7 @@ def sparse_mla_kernel(
         sink = tl.load(sink_ptr + h, mask=head_mask, other=-float("inf"))
         # Without candidates the running maximum means nothing; the row is zero either way.
         denominator += tl.exp2(tl.where(seen, sink * LOG2E - running_max, -float("inf")))
-    result = acc / tl.where(seen, denominator, 1.0)[:, None]
+    inverse = 1.0 / tl.where(seen, denominator, 1.0)[:, None]
     out_row_ptr = out_ptr + token * out_stride_t
     if PARTIAL:
         out_row_ptr += split.to(tl.int64) * out_stride_s
@@ -366,11 +396,10 @@ def sparse_mla_kernel(
     write = head_mask
     if PARTIAL:
         write = head_mask & (last > first)
-    tl.store(
-        out_row_ptr + h[:, None] * out_stride_h + d[None, :],
-        result.to(out_ptr.dtype.element_ty),
-        mask=write[:, None],
-    )
+    out_ptrs = out_row_ptr + h[:, None] * out_stride_h + d[None, :]
+    out_dtype = out_ptr.dtype.element_ty
+    tl.store(out_ptrs, (acc_low * inverse).to(out_dtype), mask=write[:, None])
+    tl.store(out_ptrs + HALF_DIM, (acc_high * inverse).to(out_dtype), mask=write[:, None])
 
 
 @triton.jit(do_not_specialize=["num_heads", "num_splits"])
@@ -393,16 +422,30 @@ def sparse_mla_merge_kernel(
     HAS_SINK: tl.constexpr,
     HAS_LSE: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
 ):
-    """Merge the splits of one token and head, in split order: same inputs, same bits."""
+    """Merge the splits of one token and head, in split order: same inputs, same bits.
+
+    A whole row at a time: with the 4 warps side by side on 512 values, each thread has all splits
+    of its values and the sum leaves no warp. In blocks of 128 values it went through shared memory,
+    47 us where it now takes 8 (H100, 64 tokens, 64 heads, 4 splits).
+    """
     head = tl.program_id(0) % num_heads
     token = (tl.program_id(0) // num_heads).to(tl.int64)
+    d = tl.arange(0, HEAD_DIM)
     s = tl.arange(0, BLOCK_S)
     lse_in = tl.load(
         partial_lse_ptr + token * partial_lse_stride_t + s * partial_lse_stride_s + head,
         mask=s < num_splits,
         other=-float("inf"),
+    )
+    part = tl.load(
+        partial_ptr
+        + token * partial_stride_t
+        + s[:, None] * partial_stride_s
+        + head * partial_stride_h
+        + d[None, :],
+        mask=(lse_in > -float("inf"))[:, None],
+        other=0.0,
     )
     peak = tl.max(lse_in, 0)
     seen = peak > -float("inf")
@@ -412,24 +455,12 @@ def sparse_mla_merge_kernel(
     if HAS_SINK:
         sink = tl.load(sink_ptr + head)
         denominator += tl.exp2(tl.where(seen, sink * LOG2E - peak, -float("inf")))
-    weight = weight / tl.where(seen, denominator, 1.0)
     if HAS_LSE:
         lse = tl.where(seen, (peak + tl.log2(tl.where(seen, total, 1.0))) * LN2, -float("inf"))
         tl.store(lse_ptr + token * lse_stride_t + head, lse)
-
-    for start in tl.static_range(0, HEAD_DIM, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        part = tl.load(
-            partial_ptr
-            + token * partial_stride_t
-            + s[:, None] * partial_stride_s
-            + head * partial_stride_h
-            + d[None, :],
-            mask=(weight > 0)[:, None],
-            other=0.0,
-        )
-        row = tl.sum(part * weight[:, None], 0)
-        tl.store(
-            out_ptr + token * out_stride_t + head * out_stride_h + d,
-            row.to(out_ptr.dtype.element_ty),
-        )
+    weight = weight / tl.where(seen, denominator, 1.0)
+    row = tl.sum(part * weight[:, None], 0)
+    tl.store(
+        out_ptr + token * out_stride_t + head * out_stride_h + d,
+        row.to(out_ptr.dtype.element_ty),
+    )

@@ -11,6 +11,8 @@ from vllm_sm12x.ops.op_spec import OpSpec
 from vllm_sm12x.ops.sparse_mla import sparse_mla
 from vllm_sm12x.ops.sparse_mla.reference import sparse_mla_reference
 
+COMPRESSION = 4  # query tokens to one compressed row
+
 
 @dataclass(frozen=True)
 class SparseMlaShape:
@@ -24,6 +26,9 @@ class SparseMlaShape:
         lens: "full", "ragged" (0 to the width, some rows empty) or None for no lengths.
         padded: pages padded to a multiple of 576 bytes, as vLLM allocates them.
         rows: rows that each cache holds.
+        context: of a prefill: the tokens are the last of one request of so many, and see what a
+            layer of ratio 4 lets them see, the window up to themselves and `extra` of the
+            compressed rows before them. 0: candidates are anywhere in the caches.
     """
 
     tokens: int
@@ -38,17 +43,30 @@ class SparseMlaShape:
     lens: str | None = "full"
     padded: bool = True
     rows: int = 4096
+    context: int = 0
+
+    @property
+    def candidates(self) -> int:
+        """Candidates of all tokens together."""
+        if not self.context:
+            return self.tokens * (self.swa + self.extra)
+        seen = range(self.context - self.tokens + 1, self.context + 1)
+        return sum(min(n, self.swa) + min(n // COMPRESSION, self.extra) for n in seen)
 
     @property
     def flops(self) -> int:
         """FLOP of QK^T and PV over all candidates."""
-        return 2 * self.tokens * self.heads * (self.swa + self.extra) * 2 * HEAD_DIM
+        return 2 * self.candidates * self.heads * 2 * HEAD_DIM
 
     @property
     def bytes(self) -> int:
         """Bytes that one call must move: packed rows and indices once, Q in, output out."""
-        candidates = self.swa + self.extra
-        return self.tokens * (candidates * (ROW_BYTES + 4) + 2 * self.heads * HEAD_DIM * 2)
+        rows = self.candidates
+        if self.context:  # whose tokens share them
+            rows = min(self.context, self.tokens + self.swa - 1)
+            rows += self.context // COMPRESSION if self.extra else 0
+        queries = 2 * self.tokens * self.heads * HEAD_DIM * 2
+        return rows * ROW_BYTES + self.candidates * 4 + queries
 
     def __str__(self) -> str:
         changed = [
@@ -62,7 +80,7 @@ class SparseMlaShape:
 def sparse_mla_inputs(
     shape: SparseMlaShape, *, device: torch.device | str, seed: int = 0
 ) -> dict[str, Any]:
-    """Keyword arguments of `sparse_mla` for `shape`.
+    """Keyword arguments of `sparse_mla` for `shape`, in a prefill as vLLM's metadata has them.
 
     Rows have magnitudes that differ from scale tile to scale tile by up to 64 times, so that a
     misread UE8M0 byte shows; scores spread over several units, so that the softmax is not flat.
@@ -72,8 +90,8 @@ def sparse_mla_inputs(
     def randint(low: int, high: int, size: tuple[int, ...]) -> torch.Tensor:
         return torch.randint(low, high, size, generator=gen, device=device, dtype=torch.int32)
 
-    def cache(block: int) -> torch.Tensor:
-        pages = -(-shape.rows // block)
+    def cache(block: int, held: int) -> torch.Tensor:
+        pages = -(-held // block)
         rows = torch.randn(pages, block, 8, HEAD_DIM // 8, generator=gen, device=device)
         rows *= torch.exp2(randint(-3, 3, (pages, block, 8, 1)).float())
         page_bytes = None if shape.padded else block * ROW_BYTES
@@ -92,17 +110,19 @@ def sparse_mla_inputs(
         return randint(0, width + 1, (shape.tokens,)).masked_fill(empty, 0)
 
     q = torch.randn(shape.tokens, shape.heads, HEAD_DIM, generator=gen, device=device)
-    inputs: dict[str, Any] = {
-        "q": q.to(torch.bfloat16),
-        "swa_cache": cache(shape.swa_block),
-        "swa_indices": indices(shape.swa),
-        "swa_lens": lengths(shape.swa),
-        "softmax_scale": HEAD_DIM**-0.5,
-    }
+    inputs: dict[str, Any] = {"q": q.to(torch.bfloat16), "softmax_scale": HEAD_DIM**-0.5}
+    inputs["swa_cache"] = cache(shape.swa_block, shape.context or shape.rows)
+    if not shape.context:
+        inputs["swa_indices"] = indices(shape.swa)
+        inputs["swa_lens"] = lengths(shape.swa)
     if shape.sink:
         inputs["sink"] = torch.randn(shape.heads, generator=gen, device=device)
     if shape.extra:
-        inputs["extra_cache"] = cache(shape.extra_block)
+        held = shape.context // COMPRESSION if shape.context else shape.rows
+        inputs["extra_cache"] = cache(shape.extra_block, held)
+    if shape.context:
+        return inputs | _causal_candidates(shape, inputs, gen)
+    if shape.extra:
         inputs["extra_indices"] = indices(shape.extra)
         inputs["extra_lens"] = lengths(shape.extra)
     if shape.table:
@@ -112,6 +132,42 @@ def sparse_mla_inputs(
         inputs["extra_block_table"] = torch.stack(order).to(torch.int32)
         inputs["request_ids"] = randint(0, requests, (shape.tokens,))
     return inputs
+
+
+def _causal_candidates(
+    shape: SparseMlaShape, caches: dict[str, torch.Tensor], gen: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """Candidates of a prefill, whose pages lie in the caches in any order."""
+    device = gen.device
+
+    def pages(cache: torch.Tensor) -> torch.Tensor:
+        return torch.randperm(cache.shape[0], generator=gen, device=device).int()
+
+    seen = torch.arange(shape.context - shape.tokens + 1, shape.context + 1, device=device).int()
+    lens = seen.clamp(max=shape.swa)
+    place = torch.arange(shape.swa, device=device).int()
+    position = (seen - lens)[:, None] + place
+    inside = place < lens[:, None]
+    table = pages(caches["swa_cache"])
+    page = table[torch.where(inside, position // shape.swa_block, 0)]
+    slots = page * shape.swa_block + position % shape.swa_block
+    candidates = {"swa_indices": torch.where(inside, slots, -1), "swa_lens": lens}
+    if shape.extra:
+        compressed = seen // COMPRESSION
+        rows = torch.arange(max(shape.context // COMPRESSION, shape.extra), device=device)
+        scores = torch.rand(shape.tokens, len(rows), generator=gen, device=device)
+        visible = rows < compressed[:, None]
+        best = scores.masked_fill(~visible, -1.0).topk(shape.extra, 1)
+        # As vLLM's selection leaves a row that sees no more than it may select.
+        all_of_them = torch.where(visible, rows, -1)[:, : shape.extra]
+        chosen = torch.where((compressed > shape.extra)[:, None], best.indices, all_of_them)
+        candidates |= {
+            "extra_indices": chosen.int().contiguous(),
+            "extra_lens": compressed,
+            "extra_block_table": pages(caches["extra_cache"])[None],
+            "request_ids": torch.zeros_like(compressed),
+        }
+    return candidates
 
 
 SPARSE_MLA = OpSpec(
@@ -131,6 +187,8 @@ SPARSE_MLA = OpSpec(
         SparseMlaShape(5, heads=33, swa=19, extra=3, swa_block=48, extra_block=5, rows=61),
         SparseMlaShape(2, heads=8, swa=16, extra=16, holes=1.0, rows=16),
         SparseMlaShape(0, heads=64, swa=16, extra=16, rows=16),
+        SparseMlaShape(9, heads=4, swa=6, extra=3, swa_block=4, extra_block=2, context=9),
+        SparseMlaShape(5, heads=4, swa=6, extra=3, swa_block=4, extra_block=2, context=31),
     ),
     full=(
         SparseMlaShape(1),
@@ -144,6 +202,7 @@ SPARSE_MLA = OpSpec(
         SparseMlaShape(256, heads=64, extra=1024),
         SparseMlaShape(300, heads=128, extra=512),
         SparseMlaShape(1031, heads=64, extra=512, lens="ragged", swa_block=256),
+        SparseMlaShape(700, context=3000),
     ),
     bench=(
         *(
@@ -153,5 +212,7 @@ SPARSE_MLA = OpSpec(
             for tokens in (1, 16, 64, 256, 512)
         ),
         SparseMlaShape(512, heads=128, extra=1664, rows=65536),
+        SparseMlaShape(4096, context=4096),
+        SparseMlaShape(4096, context=32768),
     ),
 )
