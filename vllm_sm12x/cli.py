@@ -93,6 +93,9 @@ def bench(
     batch_invariant: Annotated[
         bool, typer.Option(help="Race ours also as under VLLM_BATCH_INVARIANT=1.")
     ] = False,
+    as_sm12x: Annotated[
+        bool, typer.Option(help="On a Hopper GPU: Triton kernels as SM12x would run them.")
+    ] = False,
 ) -> None:
     """Race the ops against FlashMLA, DeepGEMM, FlashInfer and torch, as far as they run here."""
     from vllm_sm12x.bench import run_bench
@@ -105,6 +108,7 @@ def bench(
         show=show,
         revision=revision,
         batch_invariant=batch_invariant,
+        as_sm12x=as_sm12x,
     )
     raise typer.Exit(status)
 

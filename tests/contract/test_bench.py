@@ -24,7 +24,7 @@ from vllm.v1.attention.ops.rocm_aiter_mla_sparse import (
 )
 
 from vllm_sm12x import bench
-from vllm_sm12x.bench import attention, indexer, projections, race, report
+from vllm_sm12x.bench import as_sm12x, attention, indexer, projections, race, report
 from vllm_sm12x.bench.timing import Timing
 from vllm_sm12x.cli import app
 from vllm_sm12x.ops.fp8_einsum.spec import FP8_EINSUM, Fp8EinsumShape
@@ -489,6 +489,39 @@ def test_the_price_of_bits_that_no_batch_changes_is_raced(on_a_gpu, tmp_path):
     assert f"{mode} 120.0 ± 1.0" in ran.output.replace("\n", " ")
 
 
+def test_kernels_run_as_on_sm12x_where_the_gpu_has_more(on_a_gpu, tmp_path, monkeypatch):
+    set_attributes = []
+
+    class Driver:
+        @staticmethod
+        def cuFuncSetAttribute(function, attribute, value):
+            set_attributes.append((function.value, attribute, value))
+            return 0
+
+    knobs = triton.knobs.runtime
+    monkeypatch.setattr(knobs, "override_arch", None)
+    monkeypatch.setattr(knobs, "kernel_load_end_hook", type(knobs.kernel_load_end_hook)())
+    monkeypatch.setattr(as_sm12x.ctypes, "CDLL", lambda name: Driver)
+    hopper = SimpleNamespace(shared_memory_per_multiprocessor=228 << 10, L2_cache_size=50 << 20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: hopper)
+    result = tmp_path / "result.json"
+    ran = CliRunner().invoke(app, ["bench", "hc_head", "--as-sm12x", "--json", str(result)])
+    assert ran.exit_code == 0, ran.output
+    assert "as SM12x would run them" in ran.output
+    assert json.loads(result.read_text())["machine"]["triton_code"] == "SM12x"
+    assert knobs.override_arch == "sm89"
+    knobs.kernel_load_end_hook(None, 4711, "kernel", {}, "hash")
+    # Of the sizes that Hopper has, the least that is no less than 43 % of 228 KiB is 100 KiB.
+    assert set_attributes == [(4711, 9, 43)]
+
+    small = SimpleNamespace(shared_memory_per_multiprocessor=100 << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: small)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA RTX 5090")
+    ran = CliRunner().invoke(app, ["bench", "hc_head", "--as-sm12x"])
+    assert ran.exit_code == 2
+    assert "only a larger GPU can run as SM12x" in ran.output
+
+
 def test_a_floor_that_is_missed_is_named(where):
     (case,) = [c for c in cases("mqa_logits", where)]
     case = dataclasses.replace(case, bytes=10**9, flops=2 * 10**9, copy_share=0.6)
@@ -558,7 +591,7 @@ def test_a_selection_is_judged_by_its_scores():
         return indexer.selection_error(torch.tensor(rows, dtype=torch.int32), logits)
 
     assert error([0, 2], [1, 0]) == 0  # of a tie, any
-    assert error([0, 3], [1, 2]) == pytest.approx(1 / 4)
+    assert error([0, 3], [1, 2]) == pytest.approx(1 / (51 / 4) ** 0.5)
     for wrong in ([0, 0], [0, -1], [0, 4]):
         assert error(wrong, [0, 1]) == float("inf")
     a, b = torch.tensor([[3, 1, 2], [5, 6, 7]]), torch.tensor([[1, 2, 3], [7, 8, 9]])

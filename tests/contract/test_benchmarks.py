@@ -256,20 +256,117 @@ def test_collect_lines_up_prefill_and_decode(model, monkeypatch, mtp):
     assert "asked for stock attention" in str(refused.exception)
     run = logprobs.load_run(out)
     assert run["meta"]["forced"] == (mtp == 0)
+    assert run["meta"]["forced_to"] is None
     assert run["meta"]["counters"] == {"vllm:spec_decode_num_drafts": 3}
-    for tokens, prefilled, decoded in zip(
-        run["tokens"], run["prefill"], run["decode"], strict=True
+    for tokens, prefilled, decoded, best in zip(
+        run["tokens"], run["prefill"], run["decode"], run["best"], strict=True
     ):
         expected = -tokens - np.arange(len(tokens)) / 8192
         np.testing.assert_allclose(prefilled, expected[1:], rtol=1e-12)
         np.testing.assert_allclose(decoded, expected[-len(decoded) :], rtol=1e-12)
         assert len(decoded) == logprobs.DECODE_TOKENS - 1
+        np.testing.assert_array_equal(best, [-0.5] * len(decoded))
     text = bytes(run["tokens"][-1][: logprobs.TEXT_LENGTH].tolist())
     assert (ROOT / "LICENSE").read_bytes().startswith(text)
 
 
-def synthetic_run(path, *, seed=0, shift=0.0, forced=True, tokens_seed=0):
-    """A run of two prompts whose log-probabilities are -8 + `shift` plus noise of 1e-3."""
+@pytest.mark.contract
+def test_collect_forces_the_tokens_that_a_run_with_mtp_chose(model, monkeypatch):
+    monkeypatch.setattr("vllm.LLM", ModelOfPositions)
+    greedy, plain, result = (model.parent / name for name in ("mtp.npz", "plain.npz", "result.json"))
+    given = ["collect", "--attention", "ours", "--model", str(model), "--decode-tokens", "20"]
+    with mock.patch.dict(os.environ):
+        for options in (["--mtp", "2", "--out", greedy], ["--forced", greedy, "--out", plain]):
+            ran = CliRunner().invoke(logprobs.app, [*given, *map(str, options)])
+            assert ran.exit_code == 0, ran.output
+    runs = [logprobs.load_run(path) for path in (greedy, plain)]
+    assert (runs[1]["meta"]["forced"], runs[1]["meta"]["forced_to"]) == (True, "mtp.npz")
+    assert "speculative_config" not in runs[1]["meta"]["engine_args"]
+    for chosen, forced in zip(runs[0]["tokens"], runs[1]["tokens"], strict=True):
+        np.testing.assert_array_equal(chosen, forced)
+    paths = [str(path) for path in (greedy, plain)]
+    ran = CliRunner().invoke(logprobs.app, ["compare", *paths, "--json", str(result)])
+    assert ran.exit_code == 0, ran.output
+    compared = json.loads(result.read_text())
+    assert [(row["pair"], row["path"], row["tokens"]) for row in compared["rows"]] == [
+        ("mtp - plain", "prefill", 300 + 1000 + 2500 + 6000 + 1500 + 5 * 19),
+        ("mtp - plain", "decode", 5 * 19),
+        ("mtp", "decode - prefill", 5 * 19),
+        ("plain", "decode - prefill", 5 * 19),
+    ]
+    assert [row["max"] for row in compared["rows"][:2]] == [0.0, 0.0]
+    # The stand-in's greedy tokens are never its likeliest ones.
+    assert [(row["run"], row["not_best"]) for row in compared["gaps"]] == [
+        ("mtp", 95),
+        ("plain", 95),
+    ]
+
+
+def greedy_file(path, *, model="/m", seed=0, forced=False, decode_tokens=8, change=None):
+    """What `collect --mtp` writes for the prompts of TOKENS, with one prompt token changed."""
+    sequences = logprobs.forced_sequences(TOKENS, list(range(5000)), decode_tokens)
+    if change is not None:
+        sequences[change][0] += 1
+    decoded = [np.full(decode_tokens - 1, -1.0) for _ in sequences]
+    prefilled = [np.full(len(sequence) - 1, -1.0) for sequence in sequences]
+    meta = {"forced": forced, "engine_args": {"model": model, "seed": seed}}
+    logprobs.save_run(path, meta, sequences, prefilled, decoded, decoded)
+    return sequences
+
+
+def test_the_greedy_tokens_of_a_file_are_those_of_its_run(tmp_path):
+    path = tmp_path / "mtp.npz"
+    sequences = greedy_file(path)
+    wanted = {"model": "/m", "seed": 0, "tokens": TOKENS, "decode_tokens": 8}
+    read = logprobs.greedy_sequences(path, **wanted)
+    assert read == sequences
+    assert all(type(token) is int for sequence in read for token in sequence)  # as vLLM takes them
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ({"forced": True}, r"mtp\.npz has forced tokens, and --forced takes those of .* --mtp"),
+        ({"model": "/other"}, r"mtp\.npz is of model /other, and this run is of /m"),
+        ({"seed": 1}, r"mtp\.npz is of seed 1, and this run is of 0"),
+        ({"decode_tokens": 9}, r"mtp\.npz has --decode-tokens 9, and this run has 8"),
+        ({"change": 2}, r"mtp\.npz has other prompts than this run"),
+    ],
+)
+def test_greedy_tokens_of_another_run_are_refused(tmp_path, written, said):
+    path = tmp_path / "mtp.npz"
+    greedy_file(path, **written)
+    with pytest.raises(ValueError, match=said):
+        logprobs.greedy_sequences(path, model="/m", seed=0, tokens=TOKENS, decode_tokens=8)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"not an archive"])
+def test_what_collect_did_not_write_is_refused(tmp_path, content):
+    path = tmp_path / "mtp.npz"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="is not a file that collect wrote"):
+        logprobs.greedy_sequences(path, model="/m", seed=0, tokens=TOKENS, decode_tokens=8)
+
+
+def test_collect_refuses_before_it_touches_vllm(model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    monkeypatch.setenv("COLUMNS", "300")
+    path = model.parent / "mtp.npz"
+    greedy_file(path, model="/other")
+    given = ["--model", str(model), "--out", str(model.parent / "plain.npz")]
+    given = ["collect", "--attention", "ours", *given, "--forced", str(path)]
+    with mock.patch.dict(os.environ):
+        for options, said in (([], "is of model /other"), (["--mtp", "2"], "a run without it")):
+            ran = CliRunner().invoke(logprobs.app, [*given, *options])
+            assert ran.exit_code == 2
+            assert said in ran.output
+
+
+def synthetic_run(path, *, seed=0, shift=0.0, forced=True, tokens_seed=0, forced_to=None, gap=0.0):
+    """A run of two prompts whose log-probabilities are -8 + `shift` plus noise of 1e-3.
+
+    Every third decoded token is `gap` less likely than the most likely one.
+    """
     rng = np.random.default_rng(seed)
     ids = np.random.default_rng(tokens_seed)
     sequences = [ids.integers(0, 8192, length).tolist() for length in (40, 700)]
@@ -277,12 +374,16 @@ def synthetic_run(path, *, seed=0, shift=0.0, forced=True, tokens_seed=0):
     def values(count):
         return -8 + shift + rng.normal(0, 1e-3, count)
 
+    prefilled = [values(len(tokens) - 1) for tokens in sequences]
+    decoded = [values(30) for _ in sequences]
+    machine = describe_machine("0123456789ab-dirty")
     logprobs.save_run(
         path,
-        {"forced": forced, "machine": describe_machine("0123456789ab-dirty")},
+        {"forced": forced, "forced_to": forced_to, "machine": machine},
         sequences,
-        [values(len(tokens) - 1) for tokens in sequences],
-        [values(30) for _ in sequences],
+        prefilled,
+        decoded,
+        [x + gap * (np.arange(30) % 3 == 0) for x in decoded],
     )
     return path
 
@@ -345,6 +446,59 @@ def test_runs_of_tokens_that_the_model_chose_are_compared_with_themselves_only(t
     stock = synthetic_run(tmp_path / "stock.npz", forced=False, tokens_seed=1)
     rows = logprobs.compare_runs([logprobs.load_run(ours), logprobs.load_run(stock)])
     assert [row["path"] for row in rows] == ["decode - prefill"] * 2
+
+
+def test_a_run_forced_to_greedy_tokens_is_compared_with_the_run_that_chose_them(tmp_path):
+    mtp = synthetic_run(tmp_path / "mtp.npz", seed=1, shift=0.25, forced=False)
+    plain = synthetic_run(tmp_path / "plain.npz", seed=2, forced_to="mtp.npz", gap=0.5)
+    again = synthetic_run(tmp_path / "again.npz", seed=3, forced_to="mtp.npz", gap=0.5)
+    result = tmp_path / "result.json"
+    paths = [str(path) for path in (mtp, plain, again)]
+    ran = CliRunner().invoke(logprobs.app, ["compare", *paths, "--json", str(result)])
+    assert ran.exit_code == 0, ran.output
+    assert "not the most likely" in ran.output
+    compared = json.loads(result.read_text())
+    rows = {(row["pair"], row["path"]): row for row in compared["rows"]}
+    assert len(rows) == 7
+    assert rows["mtp - plain", "decode"]["bias"] == pytest.approx(0.25, abs=1e-3)
+    gaps = {(row["greedy"], row["run"]): row for row in compared["gaps"]}
+    assert list(gaps) == [("mtp", "mtp"), ("mtp", "plain"), ("mtp", "again")]
+    assert (gaps["mtp", "mtp"]["not_best"], gaps["mtp", "mtp"]["max"]) == (0, None)
+    assert (gaps["mtp", "plain"]["not_best"], gaps["mtp", "plain"]["tokens"]) == (20, 60)
+    assert gaps["mtp", "plain"]["p50"] == pytest.approx(0.5)
+
+
+def test_a_run_forced_to_other_greedy_tokens_is_refused(tmp_path):
+    mtp = synthetic_run(tmp_path / "mtp.npz", forced=False, tokens_seed=1)
+    plain = synthetic_run(tmp_path / "plain.npz", forced_to="mtp.npz")
+    given = synthetic_run(tmp_path / "given.npz")
+    runs = {path.stem: logprobs.load_run(path) for path in (mtp, plain, given)}
+    with pytest.raises(ValueError, match="mtp and plain have different tokens"):
+        logprobs.compare_runs([runs["mtp"], runs["plain"]])
+    # Tokens that no model chose have nothing to do with those of a greedy run.
+    rows = logprobs.compare_runs([runs["mtp"], runs["given"]])
+    assert [row["path"] for row in rows] == ["decode - prefill"] * 2
+    assert [row["run"] for row in logprobs.greedy_gaps([runs["mtp"], runs["given"]])] == ["mtp"]
+
+
+def test_gap_statistics_of_known_gaps():
+    best = [np.array([-1.0, -2.0, -1.0]), np.array([-0.5, -3.0])]
+    chosen = [np.array([-1.0, -2.5, -1.0]), np.array([-2.0, -3.0])]
+    assert logprobs.gap_statistics(best, chosen) == pytest.approx(
+        {"tokens": 5, "not_best": 2, "p50": 1.0, "p90": 1.4, "max": 1.5}
+    )
+    none = {"p50": None, "p90": None, "max": None}
+    assert logprobs.gap_statistics(best, best) == {"tokens": 5, "not_best": 0, **none}
+
+
+def test_a_run_from_before_best_was_recorded_is_read(tmp_path):
+    path = synthetic_run(tmp_path / "old.npz", forced=False)
+    with np.load(path) as file:
+        older = {name: file[name] for name in file if not name.startswith("best_")}
+    np.savez_compressed(path, **older)
+    run = logprobs.load_run(path)
+    assert len(logprobs.compare_runs([run])) == 1
+    assert logprobs.greedy_gaps([run]) == []
 
 
 def test_forced_sequences_are_the_same_in_every_run():

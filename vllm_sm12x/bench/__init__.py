@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from vllm_sm12x.bench.as_sm12x import run_as_sm12x
 from vllm_sm12x.bench.attention import sparse_mla_cases
 from vllm_sm12x.bench.case import Case
 from vllm_sm12x.bench.indexer import mqa_logits_cases, paged_mqa_logits_cases, paged_mqa_topk_cases
@@ -63,6 +64,7 @@ def run_bench(
     show: Path | None,
     revision: str | None,
     batch_invariant: bool = False,
+    as_sm12x: bool = False,
 ) -> int:
     """The command; its exit status: 1 where a result is red or a floor missed, 2 where none can be.
 
@@ -72,6 +74,7 @@ def run_bench(
         markdown: print the table for a document as well.
         show: a result file to print and draw instead of measuring.
         batch_invariant: race ours also with a token's bits the same in any batch.
+        as_sm12x: Triton kernels as SM12x would run them, on a GPU that is none.
     """
     console = Console(width=max(Console().width, 140))
     if unknown := [op for op in ops if op not in CASES]:
@@ -86,7 +89,16 @@ def run_bench(
             console.print(f"{show} is no result of `vllm-sm12x bench`")
             return 2
     elif torch.cuda.is_available():
-        result = _race(console, list(ops) or list(CASES), json_path, revision, batch_invariant)
+        device = torch.device("cuda", torch.cuda.current_device())
+        if as_sm12x:
+            try:
+                run_as_sm12x(device)
+            except ValueError as error:
+                console.print(f"[red]--as-sm12x:[/] {escape(str(error))}")
+                return 2
+        machine = describe_machine(revision) | {"triton_code": "SM12x" if as_sm12x else "native"}
+        names = list(ops) or list(CASES)
+        result = _race(console, device, machine, names, json_path, batch_invariant)
     else:
         console.print("[red]no NVIDIA GPU:[/] torch.cuda.is_available() is False")
         return 2
@@ -100,16 +112,17 @@ def run_bench(
 
 def _race(
     console: Console,
+    device: torch.device,
+    machine: dict[str, Any],
     ops: Sequence[str],
     json_path: Path | None,
-    revision: str | None,
     batch_invariant: bool,
 ) -> dict[str, Any]:
     """Measure; the file has what is done so far, should the run be cut short."""
     began = time.monotonic()
-    machine = describe_machine(revision)
     console.print(machine_line(machine), highlight=False)
-    device = torch.device("cuda", torch.cuda.current_device())
+    if machine["triton_code"] == "SM12x":
+        console.print("Triton kernels as SM12x would run them")
     peers = find_peers()
     for name, why in peers.absent.items():
         console.print(escape(f"no {name}: {why}"))

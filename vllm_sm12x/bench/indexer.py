@@ -275,8 +275,10 @@ def gather_score_select(
 
 
 def selection_error(chosen: torch.Tensor, logits: torch.Tensor) -> float:
-    """How far the worst chosen score is below the last that belongs to the best, relative to it.
+    """How far the worst chosen score is below the last that belongs to the best.
 
+    Relative to the root mean square of its row: scores are sums with signs, and where a row sees
+    hardly more than it selects the last is near zero.
     Infinite if a position is chosen twice, none or one outside the row, or too few.
     """
     topk = chosen.shape[1]
@@ -287,7 +289,9 @@ def selection_error(chosen: torch.Tensor, logits: torch.Tensor) -> float:
         return math.inf
     worst = logits.gather(1, chosen.long()).amin(1)
     last = logits.topk(topk, 1).values[:, -1]
-    return ((last - worst) / last.abs().clamp_min(1.0)).max().clamp_min(0).item()
+    seen = logits.isfinite()
+    size = (logits.masked_fill(~seen, 0).square().sum(1) / seen.sum(1)).sqrt()
+    return ((last - worst) / size).max().clamp_min(0).item()
 
 
 def selection_difference(theirs: torch.Tensor, ours: torch.Tensor) -> float:
