@@ -273,7 +273,9 @@ def test_collect_lines_up_prefill_and_decode(model, monkeypatch, mtp):
 @pytest.mark.contract
 def test_collect_forces_the_tokens_that_a_run_with_mtp_chose(model, monkeypatch):
     monkeypatch.setattr("vllm.LLM", ModelOfPositions)
-    greedy, plain, result = (model.parent / name for name in ("mtp.npz", "plain.npz", "result.json"))
+    greedy, plain, result = (
+        model.parent / name for name in ("mtp.npz", "plain.npz", "result.json")
+    )
     given = ["collect", "--attention", "ours", "--model", str(model), "--decode-tokens", "20"]
     with mock.patch.dict(os.environ):
         for options in (["--mtp", "2", "--out", greedy], ["--forced", greedy, "--out", plain]):

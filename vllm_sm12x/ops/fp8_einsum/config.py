@@ -34,19 +34,23 @@ class LaunchPlan:
 
 
 # All fit sm_120 / sm_121 (101,376 B shared memory, 255 registers) without spills, and but for the
-# first twice on a multiprocessor (tests/compile). Measured on an H100 as SM12x would run it
-# (benchmarks/README.md), microseconds, 8 / 4 / 2 groups. T = 1: 16 x 32 15.7 / 12.0 / 7.9 with 1, 2
+# widest at least twice on a multiprocessor (tests/compile). Microseconds on an H100, 8 / 4 / 2
+# groups, as SM12x would run it (benchmarks/README.md). T = 1: 16 x 32 15.7 / 12.0 / 7.9 with 1, 2
 # and 4 splits, without 15.7 / 13.0 / -; 16 x 16 for 4 groups 20.0. T = 32: 32 x 64 19.7 / 12.5 /
 # 8.8, 32 x 32 with 5 stages 19.2 / 13.7 / 8.7. T = 64: 64 x 64 25.1 / 16.7 / 11.8, 64 x 32 26.5 /
-# 20.7 / 15.0. T = 256: 64 x 64 68.3 / 37.2 / 23.4, 64 x 128 with 8 warps 76.9 / 41.4 / 25.9. T =
-# 4096: 64 x 64 1007, 64 x 128 1161, 128 x 128 1142. Natively, T = 4096: 64 x 128 with 4 warps 357.
+# 20.7 / 15.0. Where MMAs bound it that run says little, since Hopper emulates FP8 `mma.sync` with
+# FP16 ones and conversions: T = 4096 took 1007 with 64 x 64 and 1161 with 64 x 128. Natively, by
+# wgmma, 483 and 450, and 64 x 64 reads a third more from L2: hence the widest for many tokens.
+# Natively 64 x 128 with 4 warps takes 357 and 128 x 64 410, which spill where Triton converts.
 CONFIGS = (
     LaunchConfig(block_t=16, block_d=32, num_warps=2, num_stages=7, scales_first=True),
     LaunchConfig(block_t=32, block_d=64, num_warps=4, num_stages=4, scales_first=True),
     LaunchConfig(block_t=64, block_d=64, num_warps=4, num_stages=3),
+    LaunchConfig(block_t=64, block_d=128, num_warps=8, num_stages=4),
 )
+SOME, MANY = CONFIGS[2:]
 # For any number of tokens; B is read once for 64 tokens, as it is without.
-INVARIANT = CONFIGS[-1]
+INVARIANT = SOME
 PROGRAMS_PER_SM = 2
 # Parts of R, fp32, that are written and read again.
 MAX_SPLITS = 4
@@ -63,9 +67,14 @@ def choose(
     """
     if batch_invariant:
         return LaunchPlan(INVARIANT, 1, steps)
-    config = next((c for c in CONFIGS if tokens <= c.block_t), CONFIGS[-1])
-    programs = groups * -(-tokens // config.block_t) * -(-cols // config.block_d)
+
+    def programs(config: LaunchConfig) -> int:
+        return groups * -(-tokens // config.block_t) * -(-cols // config.block_d)
+
+    config = next((c for c in CONFIGS[:2] if tokens <= c.block_t), SOME)
+    if programs(MANY) > PROGRAMS_PER_SM * sms:
+        config = MANY
     most = min(MAX_SPLITS, steps // MIN_STEPS)
-    splits = max(1, min(PROGRAMS_PER_SM * sms // programs, most))
+    splits = max(1, min(PROGRAMS_PER_SM * sms // programs(config), most))
     steps_per_split = -(-steps // splits)
     return LaunchPlan(config, -(-steps // steps_per_split), steps_per_split)
