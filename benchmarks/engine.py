@@ -570,6 +570,7 @@ def run(
     log, bench_log = json_path.with_suffix(".server.log"), json_path.with_suffix(".bench.log")
     json_path.parent.mkdir(parents=True, exist_ok=True)
     bench_log.write_text("")
+    identity = checkpoint_identity(model)
 
     # Its import takes long; the server takes longer.
     threading.Thread(target=importlib.import_module, args=("vllm.benchmarks.serve",)).start()
@@ -594,8 +595,25 @@ def run(
             def began(what: str) -> None:
                 progress.update(task, description=what)
 
+            def write() -> None:
+                write_result(
+                    json_path,
+                    machine,
+                    benchmark="engine",
+                    attention=label,
+                    mode=mode,
+                    mtp=mtp,
+                    checkpoint=identity,
+                    vllm_args=args,
+                    env=variables,
+                    startup_seconds=round(server.startup_seconds, 1),
+                    points=points,
+                    profiles=profiles,
+                    problems=problems,
+                )
+
             tokens = token_range(model)
-            # Whatever ends it, what was measured before is written.
+            # Whatever ends it, a signal too, what was measured before is written.
             try:
                 with progress:
                     for point in measure_all(
@@ -609,6 +627,11 @@ def run(
                         began=began,
                     ):
                         points.append(point)
+                        problems += [
+                            f"context {point['context']:,}, batch {point['batch']}: {problem}"
+                            for problem in point["problems"]
+                        ]
+                        write()
                         progress.advance(task)
                     # After all times: once it has run, vLLM's profiler marks every step.
                     wanted = [p for p in points if (p["context"], p["batch"]) in profiled]
@@ -616,37 +639,18 @@ def run(
                         server, wanted, Path(traces), tokens=tokens, log=bench_log, began=began
                     ):
                         profiles.append(kernels)
+                        write()
                         progress.advance(task)
             except Exception as error:
                 problems.append(f"{type(error).__name__}: {error}\n{tail(bench_log)}")
             problems += server.problems()
-            startup_seconds = server.startup_seconds
+            write()
 
-    problems += [
-        f"context {point['context']:,}, batch {point['batch']}: {problem}"
-        for point in points
-        for problem in point["problems"]
-    ]
     console.print(points_table(points, f"{label.value}, {mode}, {mtp} draft tokens"))
     for kernels in profiles:
         console.print(kernels_table(kernels))
     for problem in problems:
         console.print(f"[red]wrong:[/] {escape(problem)}", highlight=False)
-    write_result(
-        json_path,
-        machine,
-        benchmark="engine",
-        attention=label,
-        mode=mode,
-        mtp=mtp,
-        checkpoint=checkpoint_identity(model),
-        vllm_args=args,
-        env=variables,
-        startup_seconds=round(startup_seconds, 1),
-        points=points,
-        profiles=profiles,
-        problems=problems,
-    )
     raise typer.Exit(1 if problems else 0)
 
 

@@ -135,7 +135,6 @@ def test_the_builder_limits_each_token_to_the_rows_that_it_sees(layer_module, mo
     base = layer_module.DeepseekSparseSWAMetadataBuilder
     monkeypatch.setattr(base, "build", lambda self: stock)
     builder = layer_module.WindowMetadataBuilder.__new__(layer_module.WindowMetadataBuilder)
-    builder.token = torch.arange(64, dtype=torch.int32)
     builder.candidate_limits = {ratio: torch.full((64,), GARBAGE).int() for ratio in (4, 128)}
     limits = builder.build().candidate_limits
     positions = [3, 4, 1027, 1028, 127, 128, 129]

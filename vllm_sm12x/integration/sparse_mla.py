@@ -15,6 +15,7 @@ import torch
 
 from vllm_sm12x import knobs
 from vllm_sm12x.integration import providers, selection
+from vllm_sm12x.integration.candidate_limits import COMPRESS_RATIOS, candidate_limits
 from vllm_sm12x.integration.dump import dump_and_abort
 from vllm_sm12x.integration.indexer import IndexerCache, SparseIndexer, as_if_deep_gemm
 from vllm_sm12x.integration.launch_variants import launch_policy
@@ -35,7 +36,6 @@ from vllm_sm12x.vllm_api.sparse_mla import (
 
 # The instantiations of fused_deepseek_v4_qnorm_rope_kv_rope_quant_insert in vLLM 0.23 to 0.33.
 INSERT_OP_HEADS = (8, 16, 32, 64, 128)
-COMPRESS_RATIOS = (4, 128)
 
 
 class TritonMlaSparseBackend(DeepseekV4FlashMLABackend):
@@ -83,17 +83,19 @@ class WindowMetadataBuilder(DeepseekSparseSWAMetadataBuilder):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         tokens = self.vllm_config.scheduler_config.max_num_batched_tokens
-        self.token = torch.arange(tokens, dtype=torch.int32, device=self.device)
-        self.candidate_limits = {ratio: torch.zeros_like(self.token) for ratio in COMPRESS_RATIOS}
+        self.candidate_limits = {
+            ratio: torch.zeros(tokens, dtype=torch.int32, device=self.device)
+            for ratio in COMPRESS_RATIOS
+        }
         if not BUILDER_GIVES_PREFILL_SLOTS:
             self.window_indices = torch.zeros(
                 tokens, 1, self.window_size, dtype=torch.int32, device=self.device
             )
-            self.window_lens = torch.zeros_like(self.token)
+            self.window_lens = torch.zeros(tokens, dtype=torch.int32, device=self.device)
 
     def build(self, *args: Any, **kwargs: Any) -> WindowMetadata:
         metadata = WindowMetadata(**vars(super().build(*args, **kwargs)))
-        metadata.candidate_limits = self._candidate_limits(metadata)
+        metadata.candidate_limits = candidate_limits(metadata, self.candidate_limits)
         if not BUILDER_GIVES_PREFILL_SLOTS and metadata.num_prefills:
             window_slots(metadata, self.window_size, self.window_indices, self.window_lens)
             decodes = metadata.num_decode_tokens
@@ -106,19 +108,7 @@ class WindowMetadataBuilder(DeepseekSparseSWAMetadataBuilder):
         """For the next draft token, in place: vLLM's V2 model runner has moved the lengths on."""
         stock: Any = super()
         stock.update_draft_decode_metadata(metadata)
-        metadata.candidate_limits = self._candidate_limits(metadata)
-
-    def _candidate_limits(self, metadata: Any) -> dict[int, torch.Tensor]:
-        tokens = metadata.token_to_req_indices.shape[0]
-        # Of a padded token the request is left over from another step.
-        request = metadata.token_to_req_indices.clamp(max=metadata.seq_lens.shape[0] - 1)
-        ends = metadata.query_start_loc[1:]
-        position = metadata.seq_lens[request] - ends[request] + self.token[:tokens]
-        seen = (position + 1) * metadata.is_valid_token[:tokens]
-        limits = {ratio: buffer[:tokens] for ratio, buffer in self.candidate_limits.items()}
-        for ratio, limit in limits.items():
-            torch.floor_divide(seen, ratio, out=limit)
-        return limits
+        metadata.candidate_limits = candidate_limits(metadata, self.candidate_limits)
 
     def build_tile_scheduler(self, num_decode_tokens: int) -> dict[str, Any]:
         # FlashMLA's schedules; asked for no tokens, vLLM gives a plan of none.
