@@ -22,17 +22,18 @@ class LaunchConfig:
         return f"{self.block_t}x{self.block_k}"
 
 
-# Measured on an H200 as SM12x would run it (benchmarks/README.md), K = 16384, microseconds. T = 64:
-# SOME 5.3. T = 256: MANY 8.4, SOME 10.1. T = 1024: MANY 21.2, 128 x 64 with 3 stages 23.6, SOME
-# 28.8. T = 4096: MANY 71.6 (with twice the programs 73.1), 128 x 64 71.5, SOME 101.1; 64 x 64 with
-# fn's terms made by a kernel of their own, as before, 112.0. Natively, T = 4096: 128 x 64 48.8,
-# 64 x 64 with such a kernel 44.1. T = 1 on an H200, natively: FEW 3.3.
+# Measured as SM12x would run it (benchmarks/README.md) on an H200, K = 16384, microseconds. T = 64:
+# SOME 5.3. T = 256: MANY 8.4, SOME 10.1. T = 1024: MANY 21.2, MOST 23.6, SOME 28.8. T = 4096: MANY
+# 71.6, MOST 71.5, SOME 101.1; 64 x 64 with fn's terms made by a kernel of their own, as before,
+# 112.0. On an H100 T = 4096 took 78.4 with MANY and 72.0 with MOST, natively 75.5 and 56.6.
 FEW = LaunchConfig(block_t=16, block_k=128, num_warps=4, num_stages=3, programs_per_sm=4)
 SOME = LaunchConfig(block_t=64, block_k=64, num_warps=4, num_stages=3, programs_per_sm=4)
 MANY = LaunchConfig(block_t=128, block_k=32, num_warps=4, num_stages=4, programs_per_sm=2)
-CONFIGS = (FEW, SOME, MANY)
-# Two tiles of SOME, and less than two of MANY.
+MOST = LaunchConfig(block_t=128, block_k=64, num_warps=4, num_stages=3, programs_per_sm=2)
+CONFIGS = (FEW, SOME, MANY, MOST)
+# From two tiles of SOME on, and from eight of MANY.
 MANY_TOKENS = 129
+MOST_TOKENS = 1025
 # K steps of 64 below which a split is only prologue of its pipeline.
 MIN_STEPS = 2
 # Of a split, where the splits are the same for any number of tokens: some more would be quicker for
@@ -46,7 +47,9 @@ def choose(tokens: int, *, batch_invariant: bool = False) -> LaunchConfig:
         return SOME
     if tokens <= FEW.block_t:
         return FEW
-    return SOME if tokens < MANY_TOKENS else MANY
+    if tokens < MANY_TOKENS:
+        return SOME
+    return MANY if tokens < MOST_TOKENS else MOST
 
 
 def splits_of(tokens: int, depth: int, *, sms: int, batch_invariant: bool = False) -> int:

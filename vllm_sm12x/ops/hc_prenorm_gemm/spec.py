@@ -61,6 +61,7 @@ HC_PRENORM_GEMM = OpSpec(
         HcPrenormGemmShape(5, depth=1000),
         HcPrenormGemmShape(33, depth=333, rows=17, splits=3),
         HcPrenormGemmShape(130, depth=512, rows=32),
+        HcPrenormGemmShape(1031, depth=200, rows=9),
         HcPrenormGemmShape(2, depth=130, rows=7, splits=5),
         HcPrenormGemmShape(1),
         HcPrenormGemmShape(0),
