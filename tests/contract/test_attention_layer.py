@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The attention layer on vLLM's own metadata, against dense attention over unpaged rows."""
 
+import itertools
 import json
 import math
 from types import SimpleNamespace
@@ -8,8 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vllm_sm12x.demo.attention import PHASES, SWA_BLOCK, WINDOW, Batch, padded
+from vllm_sm12x.integration.candidate_limits import candidate_limits
 from vllm_sm12x.ops.sparse_mla.config import LaunchPolicy
 from vllm_sm12x.ops.sparse_mla.spec import SPARSE_MLA
 
@@ -141,6 +145,30 @@ def test_the_builder_limits_each_token_to_the_rows_that_it_sees(layer_module, mo
     for ratio in (4, 128):
         assert limits[ratio].tolist() == [(p + 1) // ratio for p in positions] + [0, 0]
         assert limits[ratio].data_ptr() == builder.candidate_limits[ratio].data_ptr()
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    requests=st.lists(st.tuples(st.integers(1, 300), st.integers(0, 140_000)), min_size=1),
+    padding=st.integers(0, 300),
+)
+def test_limits_of_any_batch(requests, padding):
+    """Requests of (query tokens, tokens before them), and padded tokens of a request long gone."""
+    queries = [query for query, _ in requests]
+    seen = [before + 1 + i for query, before in requests for i in range(query)]
+    owner = [request for request, query in enumerate(queries) for _ in range(query)]
+    tokens = len(owner) + padding
+    metadata = SimpleNamespace(
+        seq_lens=torch.tensor([sum(request) for request in requests], dtype=torch.int32),
+        query_start_loc=torch.tensor([0, *itertools.accumulate(queries)], dtype=torch.int32),
+        token_to_req_indices=torch.tensor(owner + [9999] * padding, dtype=torch.int32),
+        is_valid_token=torch.arange(tokens) < len(owner),
+    )
+    buffers = {ratio: torch.full((tokens + 5,), GARBAGE).int() for ratio in (4, 128)}
+    limits = candidate_limits(metadata, buffers)
+    for ratio, buffer in buffers.items():
+        assert limits[ratio].tolist() == [n // ratio for n in seen] + [0] * padding
+        assert (buffer[tokens:] == GARBAGE).all()
 
 
 @pytest.mark.parametrize("ratio", [0, 4, 128])

@@ -4,7 +4,8 @@
 A Hopper GPU has `wgmma`, which SM12x has not, and 228 KiB of shared memory a multiprocessor, where
 SM12x has 100. With both taken away, registers, instructions, shared memory and the programs that
 fit a multiprocessor are close to those of sm_120. Memory, caches, clocks and the rates of the
-tensor cores stay those of the GPU.
+tensor cores stay those of the GPU. FP8 dots are no such proxy: Hopper has no `mma.sync` for them,
+and ptxas makes conversions and FP16 ones of it.
 """
 
 import ctypes
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 import triton
 
-# FP8 conversions and `mma.sync` with FP8 operands, as sm_120 has; no `wgmma`.
+# What Triton generates for it is what it generates for sm_120, as far as our ops go.
 ARCH = "sm89"
 SHARED_BYTES_PER_SM = 100 << 10  # CUDA C++ Programming Guide, compute capability 12.x
 # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, in percent of what a multiprocessor has.
