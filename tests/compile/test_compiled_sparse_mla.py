@@ -104,7 +104,7 @@ def test_fits_sm12x(case, compiled):
     attention, *merge = compiled(case)
     assert attention.kernel == "sparse_mla_kernel"
     assert [launch.kernel for launch in merge] == ["sparse_mla_merge_kernel"] * case.split
-    # Of the merge, one load of each of its four column blocks when there are four splits.
+    # Of the merge, one load for each of its four splits.
     for launch, least in zip((attention, *merge), (8, 4), strict=False):
         assert launch.shared <= SM12X_SHARED_MEMORY_BYTES, f"{launch.shared} bytes of shared memory"
         assert (launch.stack, launch.local) == (0, 0), "registers are spilled"
