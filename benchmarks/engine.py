@@ -73,7 +73,11 @@ GROUPS = {
 }
 OTHER = "other"
 
-_STEP = re.compile(r"execute_context_(\d+)\(\d+\)_generation_(\d+)\(\d+\)")
+# vLLM's name of a step: requests without an output token yet and their tokens in this step, then
+# the other requests and theirs.
+_STEP = re.compile(r"execute_context_(\d+)\((\d+)\)_generation_(\d+)\(\d+\)")
+# A token's share of a kernel is small.
+DECIMALS = {"step": 1, "token": 3}
 SAME_MACHINE = ("gpu", "gpus", "capability", "driver")
 VERSIONS = ("cuda", "torch", "triton", "vllm")
 
@@ -304,49 +308,91 @@ def longest_first(times: dict[str, float]) -> list[tuple[str, float]]:
     return sorted(times.items(), key=lambda item: -item[1])
 
 
-def kernel_times(events: Iterable[dict[str, Any]], batch: int) -> dict[str, Any]:
-    """Microseconds and calls per decode step of each kernel and group, the longest first.
+def trace_steps(events: Iterable[dict[str, Any]]) -> Counter[tuple[int, int, int]]:
+    """How many steps a trace has of (prefilling requests, tokens of those, decoding requests)."""
+    names = (e.get("name", "") for e in events if e.get("cat") == "user_annotation")
+    found = filter(None, map(_STEP.match, names))
+    return Counter((int(step[1]), int(step[2]), int(step[3])) for step in found)
 
-    Kernels that run at the same time on two streams both count. Raises ValueError if a step of the
-    trace is not one of `batch` decoding requests, and if the trace has no step or no kernel.
+
+def kernel_times(
+    events: Iterable[dict[str, Any]], unit: str, count: int, steps: int
+) -> dict[str, Any]:
+    """Microseconds of each kernel and group for each of `count` units, the longest first.
+
+    The calls of a kernel are those per step. Kernels that run at the same time on two streams both
+    count. Raises ValueError if the trace has no kernel.
     """
-    steps: Counter[tuple[int, int]] = Counter()
     micros: dict[str, float] = defaultdict(float)
     calls: Counter[str] = Counter()
     for event in events:
-        category, name = event.get("cat"), event.get("name", "")
-        if category == "user_annotation" and (found := _STEP.match(name)):
-            steps[int(found[1]), int(found[2])] += 1
-        elif category in ("kernel", "gpu_memcpy", "gpu_memset"):
-            micros[name] += event["dur"]
-            calls[name] += 1
-    if set(steps) != {(0, batch)}:
-        raise ValueError(
-            f"the profile has steps of (prefilling, decoding) requests {sorted(steps)}, "
-            f"expected only (0, {batch})"
-        )
+        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
+            micros[event["name"]] += event["dur"]
+            calls[event["name"]] += 1
     if not micros:
         raise ValueError("the profile has no kernel")
-    count = steps[0, batch]
     total = sum(micros.values())
     groups: dict[str, float] = defaultdict(float)
     for name, us in micros.items():
         groups[group_of(name)] += us / count
+    us_per = f"us_per_{unit}"
     return {
-        "steps": count,
-        "us_per_step": total / count,
+        "steps": steps,
+        us_per: total / count,
         "groups": dict(longest_first(groups)),
         "kernels": [
             {
                 "name": name,
                 "group": group_of(name),
-                "us_per_step": us / count,
-                "calls_per_step": calls[name] / count,
+                us_per: us / count,
+                "calls_per_step": calls[name] / steps,
                 "share": us / total,
             }
             for name, us in longest_first(micros)[:LISTED_KERNELS]
         ],
     }
+
+
+def decode_kernel_times(events: list[dict[str, Any]], batch: int) -> dict[str, Any]:
+    """Kernel times per decode step.
+
+    Raises ValueError if a step of the trace is not one of `batch` decoding requests, if it has no
+    step, and as `kernel_times` does.
+    """
+    steps = trace_steps(events)
+    kinds = {(prefilling, decoding) for prefilling, _, decoding in steps}
+    if kinds != {(0, batch)}:
+        raise ValueError(
+            f"the profile has steps of (prefilling, decoding) requests {sorted(kinds)}, "
+            f"expected only (0, {batch})"
+        )
+    count = steps.total()
+    return kernel_times(events, "step", count, count)
+
+
+def prefill_kernel_times(events: list[dict[str, Any]], context: int) -> dict[str, Any]:
+    """Kernel times per token of a prompt of `context` tokens, of which the trace has every chunk.
+
+    Raises ValueError if a step of the trace is neither one of one prefilling request nor empty, if
+    their prompt tokens are not `context`, and as `kernel_times` does.
+    """
+    steps = trace_steps(events)
+    # With async scheduling, vLLM runs steps without a request until it has the answer. Of an answer
+    # of one token it schedules no decode step: the last chunk samples it.
+    del steps[0, 0, 0]
+    kinds = {(prefilling, decoding) for prefilling, _, decoding in steps}
+    if not kinds <= {(1, 0)}:
+        raise ValueError(
+            f"the profile has steps of (prefilling, decoding) requests {sorted(kinds)}, "
+            "expected only (1, 0)"
+        )
+    tokens = sum(chunk * count for (_, chunk, _), count in steps.items())
+    if tokens != context:
+        raise ValueError(
+            f"the profile has {tokens:,} prompt tokens in {steps.total()} steps, expected "
+            f"{context:,}; it ends after {PROFILED_STEPS} steps"
+        )
+    return {"tokens": tokens, **kernel_times(events, "token", tokens, steps.total())}
 
 
 def profiler_args(folder: Path) -> list[str]:
@@ -362,6 +408,24 @@ def profiler_args(folder: Path) -> list[str]:
     return ["--profiler-config", json.dumps(config)]
 
 
+@contextlib.contextmanager
+def traced(port: int, folder: Path) -> Iterator[list[dict[str, Any]]]:
+    """A list that holds, when the block has ended, the events of a trace of it.
+
+    Raises ValueError if the profiler refuses or writes no trace.
+    """
+    known = set(folder.rglob("*.json*"))
+    events: list[dict[str, Any]] = []
+    post(port, "/start_profile")
+    yield events
+    post(port, "/stop_profile")
+    traces = sorted(set(folder.rglob("*.json*")) - known)
+    if not traces:
+        raise ValueError("the profiler wrote no trace")
+    # Of several ranks, the first: all of them do the same.
+    events += read_trace(traces[0])
+
+
 def profile(
     server: Server,
     prompts: list[list[int]],
@@ -373,10 +437,10 @@ def profile(
 ) -> dict[str, Any]:
     """Kernel times of decode steps of `batch` requests whose prompts the prefix cache has.
 
-    Raises ValueError if the requests do not decode together, and as `kernel_times` does.
+    Raises ValueError if the requests do not decode together, and as `traced` and
+    `decode_kernel_times` do.
     """
     asked = [prompts[i % len(prompts)] for i in range(batch)]
-    known = set(folder.rglob("*.json*"))
     running, waiting = "vllm:num_requests_running", "vllm:num_requests_waiting"
     with ThreadPoolExecutor(1) as pool:
         answers = pool.submit(bench, server, asked, answer=answer, concurrency=batch, log=log)
@@ -385,15 +449,24 @@ def profile(
                 raise ValueError(f"{batch} requests never ran together")
             time.sleep(0.05)
         time.sleep(0.2)  # they run; their last prompt tokens may not be through
-        post(server.port, "/start_profile")
-        time.sleep(1.0)
-        post(server.port, "/stop_profile")
+        with traced(server.port, folder) as events:
+            time.sleep(1.0)
         answers.result()
-    traces = sorted(set(folder.rglob("*.json*")) - known)
-    if not traces:
-        raise ValueError("the profiler wrote no trace")
-    # Of several ranks, the first: all of them do the same.
-    return kernel_times(read_trace(traces[0]), batch)
+    return decode_kernel_times(events, batch)
+
+
+def profile_prefill(
+    server: Server, prompt: list[int], folder: Path, *, log: Path
+) -> dict[str, Any]:
+    """Kernel times of the prefill of a prompt that the prefix cache does not have.
+
+    Raises ValueError if the request fails, and as `traced` and `prefill_kernel_times` do.
+    """
+    with traced(server.port, folder) as events:
+        result = bench(server, [prompt], answer=1, concurrency=1, log=log)
+    if wrong := failures(result, 1):
+        raise ValueError(wrong[0])
+    return prefill_kernel_times(events, len(prompt))
 
 
 def post(port: int, path: str) -> None:
@@ -450,17 +523,23 @@ def points_table(points: list[dict[str, Any]], title: str) -> Table:
     return table
 
 
-def kernels_table(profiled: dict[str, Any], rows: int = 20) -> Table:
+def place(row: dict[str, Any]) -> str:
+    """Where a profile was taken, in words. That of a prefill has no batch."""
+    return ", ".join(f"{name} {row[name]:,}" for name in ("context", "batch") if name in row)
+
+
+def kernels_table(profiled: dict[str, Any], unit: str, rows: int = 20) -> Table:
+    us_per, decimals = f"us_per_{unit}", DECIMALS[unit]
     title = (
-        f"context {profiled['context']:,}, batch {profiled['batch']}: "
-        f"{profiled['us_per_step']:.0f} us of kernels a step, {profiled['steps']} steps"
+        f"{place(profiled)}: {profiled[us_per]:.{decimals - 1}f} us of kernels a {unit}, "
+        f"{profiled['steps']} steps"
     )
-    table = Table("kernel", "group", "us a step", "calls a step", "share", title=title)
+    table = Table("kernel", "group", f"us a {unit}", "calls a step", "share", title=title)
     for group, us in profiled["groups"].items():
-        share = f"{us / profiled['us_per_step']:.1%}"
-        table.add_row("[bold]all[/]", f"[bold]{group}[/]", f"{us:.1f}", "", share)
+        share = f"{us / profiled[us_per]:.1%}"
+        table.add_row("[bold]all[/]", f"[bold]{group}[/]", f"{us:.{decimals}f}", "", share)
     for kernel in profiled["kernels"][:rows]:
-        numbers_of_it = (f"{kernel['us_per_step']:.1f}", f"{kernel['calls_per_step']:.1f}")
+        numbers_of_it = (f"{kernel[us_per]:.{decimals}f}", f"{kernel['calls_per_step']:.1f}")
         name = escape(kernel["name"][:60])
         table.add_row(name, kernel["group"], *numbers_of_it, f"{kernel['share']:.1%}")
     return table
@@ -508,6 +587,24 @@ def profile_all(
         yield {"context": context, "batch": batch, **kernels}
 
 
+def profile_prefills(
+    server: Server,
+    contexts: list[int],
+    points: list[dict[str, Any]],
+    folder: Path,
+    *,
+    tokens: range,
+    log: Path,
+    began: Callable[[str], None],
+) -> Iterator[dict[str, Any]]:
+    """Kernel times of one more prompt of each context, which none of `points` has asked for."""
+    for context in contexts:
+        began(f"kernels of the prefill of {context:,}")
+        asked = 1 + max(p["distinct_prompts"] for p in points if p["context"] == context)
+        prompt = random_prompts(asked + 1, context, tokens)[-1]
+        yield {"context": context, **profile_prefill(server, prompt, folder, log=log)}
+
+
 @app.command()
 def run(
     model: Annotated[Path, typer.Option(help="The checkpoint's directory.")],
@@ -525,6 +622,12 @@ def run(
         list[str] | None,
         typer.Option("--profile", help="CONTEXTxBATCH to list the kernels of; repeatable."),
     ] = None,
+    prefill_contexts: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--profile-prefill", help="CONTEXT to list the prefill's kernels of; repeatable."
+        ),
+    ] = None,
     mtp: Annotated[int, typer.Option(min=0, help="Speculative tokens of the MTP layer.")] = 0,
     cudagraph_mode: Annotated[str | None, typer.Option(help="FULL, PIECEWISE, NONE, ...")] = None,
     enforce_eager: Annotated[bool, typer.Option("--enforce-eager")] = False,
@@ -536,7 +639,7 @@ def run(
     """Serve MODEL once and time decode steps and prefill. Exit status 1 if anything is wrong.
 
     With the defaults the tiny checkpoint takes about four minutes, of which the start of the server
-    is one or two; each --profile takes half a minute more.
+    is one or two; each --profile and --profile-prefill takes half a minute more.
     """
     # Bound now: vLLM's client prints into a log, and the progress must not.
     console = Console(file=sys.stdout)
@@ -546,6 +649,9 @@ def run(
     profiled = profiled_points(profile_points or ())
     if missed := [p for p in profiled if p[0] not in lengths or p[1] not in sizes]:
         raise typer.BadParameter(f"--profile {missed[0][0]}x{missed[0][1]} is not measured")
+    prefills = sorted(set(prefill_contexts or ()))
+    if unknown := [context for context in prefills if context not in lengths]:
+        raise typer.BadParameter(f"--profile-prefill {unknown[0]} is not measured")
     variables = {**attention_env(label), **dict(item.split("=", 1) for item in env or ())}
     machine = describe_machine(revision)
     if variables.get("VLLM_SM12X_ASSUME"):  # which the server sees, and this process does not
@@ -576,8 +682,9 @@ def run(
     threading.Thread(target=importlib.import_module, args=("vllm.benchmarks.serve",)).start()
     points: list[dict[str, Any]] = []
     profiles: list[dict[str, Any]] = []
+    prefill_profiles: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as traces:
-        profiler = profiler_args(Path(traces)) if profiled else []
+        profiler = profiler_args(Path(traces)) if profiled or prefills else []
         with vllm_server(
             model, log=log, args=[*args, *profiler], env=variables, limit_seconds=limit
         ) as server:
@@ -590,7 +697,8 @@ def run(
             progress = Progress(
                 console=console, refresh_per_second=2, redirect_stdout=False, redirect_stderr=False
             )
-            task = progress.add_task("", total=len(lengths) * len(sizes) + len(profiled))
+            count = len(lengths) * len(sizes) + len(profiled) + len(prefills)
+            task = progress.add_task("", total=count)
 
             def began(what: str) -> None:
                 progress.update(task, description=what)
@@ -609,6 +717,7 @@ def run(
                     startup_seconds=round(server.startup_seconds, 1),
                     points=points,
                     profiles=profiles,
+                    prefill_profiles=prefill_profiles,
                     problems=problems,
                 )
 
@@ -641,6 +750,18 @@ def run(
                         profiles.append(kernels)
                         write()
                         progress.advance(task)
+                    for kernels in profile_prefills(
+                        server,
+                        prefills,
+                        points,
+                        Path(traces),
+                        tokens=tokens,
+                        log=bench_log,
+                        began=began,
+                    ):
+                        prefill_profiles.append(kernels)
+                        write()
+                        progress.advance(task)
             except Exception as error:
                 problems.append(f"{type(error).__name__}: {error}\n{tail(bench_log)}")
             problems += server.problems()
@@ -648,7 +769,9 @@ def run(
 
     console.print(points_table(points, f"{label.value}, {mode}, {mtp} draft tokens"))
     for kernels in profiles:
-        console.print(kernels_table(kernels))
+        console.print(kernels_table(kernels, "step"))
+    for kernels in prefill_profiles:
+        console.print(kernels_table(kernels, "token"))
     for problem in problems:
         console.print(f"[red]wrong:[/] {escape(problem)}", highlight=False)
     raise typer.Exit(1 if problems else 0)
@@ -701,29 +824,48 @@ def ratios(first: dict[str, Any], second: dict[str, Any]) -> list[dict[str, Any]
     return rows
 
 
-def kernels_beside(first: dict[str, Any], second: dict[str, Any]) -> list[dict[str, Any]]:
-    """Microseconds a step in both, of groups and then of kernels, the longest first; 0 for none."""
+def kernels_beside(
+    first: dict[str, Any], second: dict[str, Any], unit: str
+) -> list[dict[str, Any]]:
+    """Microseconds a unit in both, of groups and then of kernels, the longest first; 0 for none."""
+    us_per = f"us_per_{unit}"
     mine, others = ({k["name"]: k for k in run["kernels"]} for run in (first, second))
     groups = dict.fromkeys([*first["groups"], *second["groups"]])
     rows = [
-        {"group": group, "us_per_step": [run["groups"].get(group, 0.0) for run in (first, second)]}
+        {"group": group, us_per: [run["groups"].get(group, 0.0) for run in (first, second)]}
         for group in groups
     ]
     kernels = [
         {
             "group": (mine.get(name) or others[name])["group"],
             "kernel": name,
-            "us_per_step": [
-                run[name]["us_per_step"] if name in run else 0.0 for run in (mine, others)
-            ],
+            us_per: [run[name][us_per] if name in run else 0.0 for run in (mine, others)],
         }
         for name in dict.fromkeys([*mine, *others])
     ]
-    return [
-        row
-        for part in (rows, kernels)
-        for row in sorted(part, key=lambda r: -max(r["us_per_step"]))
-    ]
+    return [row for part in (rows, kernels) for row in sorted(part, key=lambda r: -max(r[us_per]))]
+
+
+def profiles_beside(
+    first: list[dict[str, Any]], second: list[dict[str, Any]], unit: str, console: Console
+) -> list[dict[str, Any]]:
+    """Print, and return, the kernels of each place that both have a profile of."""
+    us_per, decimals = f"us_per_{unit}", DECIMALS[unit]
+    others = {place(profile): profile for profile in second}
+    pairs = [(mine, others[place(mine)]) for mine in first if place(mine) in others]
+    profiles = []
+    for mine, other in pairs:
+        rows = kernels_beside(mine, other, unit)
+        where = {name: mine[name] for name in ("context", "batch") if name in mine}
+        profiles.append({**where, "rows": rows})
+        totals = " / ".join(f"{run[us_per]:.{decimals - 1}f}" for run in (mine, other))
+        title = f"{place(mine)}: {totals} us of kernels a {unit}"
+        table = Table("kernel", "group", f"us a {unit}", f"us a {unit}", title=title)
+        for row in rows[:COMPARED_ROWS]:
+            name = escape(row["kernel"][:70]) if "kernel" in row else "[bold]all[/]"
+            table.add_row(name, row["group"], *(f"{us:.{decimals}f}" for us in row[us_per]))
+        console.print(table)
+    return profiles
 
 
 def describe_run(result: dict[str, Any]) -> str:
@@ -762,19 +904,11 @@ def compare(
             cells += [times, f"{row[f'{name}_ratio']:.2f}x" if times else ""]
         table.add_row(f"{row['context']:,}", str(row["batch"]), *cells)
     console.print(table)
-    profiles = []
-    mine, theirs = (by_point(result["profiles"]) for result in runs)
-    for context, batch in sorted(mine.keys() & theirs.keys()):
-        pair = mine[context, batch], theirs[context, batch]
-        beside = kernels_beside(*pair)
-        profiles.append({"context": context, "batch": batch, "rows": beside})
-        totals = " / ".join(f"{run['us_per_step']:.0f}" for run in pair)
-        title = f"context {context:,}, batch {batch}: {totals} us of kernels a step"
-        table = Table("kernel", "group", "us a step", "us a step", title=title)
-        for row in beside[:COMPARED_ROWS]:
-            name = escape(row["kernel"][:70]) if "kernel" in row else "[bold]all[/]"
-            table.add_row(name, row["group"], *(f"{us:.1f}" for us in row["us_per_step"]))
-        console.print(table)
+    # Results from before --profile-prefill have no prefill_profiles.
+    profiles, prefill_profiles = (
+        profiles_beside(*(result.get(key, []) for result in runs), unit, console)
+        for key, unit in (("profiles", "step"), ("prefill_profiles", "token"))
+    )
     if json_path:
         write_result(
             json_path,
@@ -786,6 +920,7 @@ def compare(
             },
             points=rows,
             profiles=profiles,
+            prefill_profiles=prefill_profiles,
         )
 
 

@@ -19,7 +19,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from vllm_sm12x.integration.launch_variants import Widths, representatives
-from vllm_sm12x.ops.sparse_mla.config import LaunchPolicy
+from vllm_sm12x.ops.sparse_mla.config import UNPACK_TOKENS, LaunchPolicy
 
 FLASH = Widths(
     heads=64, groups=8, output_rank=1024, hidden=4096, streams=4, candidates=(128, 640, 256)
@@ -34,7 +34,7 @@ MOST = 8192
 BLOCK_TABLE = torch.empty(256, 37, dtype=torch.int32)
 
 
-def launches(widths, invariant, decodes, prefills):
+def launches(widths, invariant, decodes, prefills, prefilling=1):
     """Keys of everything that a batch with so many tokens of decodes and prefills launches."""
     from vllm_sm12x.ops import fp8_einsum, hc_head, hc_post, hc_pre, hc_prenorm_gemm, launch
     from vllm_sm12x.ops import sparse_mla as attend
@@ -59,7 +59,7 @@ def launches(widths, invariant, decodes, prefills):
     window = torch.empty(4, 64, 584, dtype=torch.uint8)
     lens, requests = torch.empty(MOST * 2, dtype=i32), torch.empty(MOST * 2, dtype=i32)
     top_k = torch.empty(total, 512, dtype=i32)
-    for rows in (slice(0, decodes), slice(decodes, total)):
+    for decoding, rows in ((True, slice(0, decodes)), (False, slice(decodes, total))):
         tokens = rows.stop - rows.start
         common = {
             "q": q[rows, :heads], "swa_cache": window, "swa_lens": lens[rows],
@@ -74,12 +74,22 @@ def launches(widths, invariant, decodes, prefills):
             "extra_cache": window, "extra_lens": lens[rows], "request_ids": requests[rows],
             "extra_block_table": BLOCK_TABLE,
         }  # fmt: skip
-        attend(**common, extra_indices=top_k[rows], **by_position)
         wide = torch.empty(MOST * 2, 128, dtype=i32)[rows]
-        if rows.start == 0:
+        attend(**common, extra_indices=top_k[rows], **by_position)
+        if decoding:
             attend(**common, extra_cache=window, extra_indices=wide, extra_lens=lens[rows])
-        else:
-            attend(**common, extra_indices=wide, **by_position)
+            continue
+        attend(**common, extra_indices=wide, **by_position)
+        if tokens < UNPACK_TOKENS or invariant:
+            continue
+        first = decodes // 3
+        by_position |= {
+            "extra_block_table": BLOCK_TABLE[first : first + prefilling],
+            "unpacked": torch.empty(prefilling, 1 + tokens // 4, 512, dtype=bf16),
+            "unpacked_lens": lens[first : first + prefilling],
+        }
+        for candidates in (top_k[rows], wide):
+            attend(**common, extra_indices=candidates, **by_position)
     depth = heads // widths.groups * 512
     fp8_einsum(
         torch.empty(total, widths.groups, depth, dtype=e4m3),
@@ -141,14 +151,14 @@ def warmed(record):
 @pytest.mark.parametrize("widths", [FLASH, FLASH_TP4, FLASH_TP8], ids=["1", "TP 4", "TP 8"])
 def test_what_serving_launches_is_warmed(record, warmed, widths, invariant):
     @settings(max_examples=40)
-    @given(st.integers(0, 64), st.sampled_from([1, 3]), st.integers(0, 4096))
-    @example(1, 1, 0)
-    @example(0, 1, 1)
-    @example(3, 3, 17)
-    @example(64, 3, 4096)
-    def check(requests, query_len, prompts):
+    @given(st.integers(0, 64), st.sampled_from([1, 3]), st.integers(0, 4096), st.integers(1, 5))
+    @example(1, 1, 0, 1)
+    @example(0, 1, 1, 1)
+    @example(3, 3, 17, 2)
+    @example(64, 3, 4096, 3)
+    def check(requests, query_len, prompts, prefilling):
         if requests or prompts:
-            batch = record(widths, invariant, requests * query_len, prompts)
+            batch = record(widths, invariant, requests * query_len, prompts, prefilling)
             assert batch <= warmed(widths, invariant, query_len)
 
     check()

@@ -56,14 +56,15 @@ def layer_and_metadata(
         decode_swa_lens=lens[:split],
         prefill_swa_indices=indices[split:].unsqueeze(1),
         prefill_swa_lens=lens[split:],
-        num_decodes=len(batch.requests),
+        num_decodes=len(batch.requests) - batch.num_prefills,
         num_decode_tokens=split,
-        num_prefills=int(tokens > decodes),
+        num_prefills=batch.num_prefills,
         num_prefill_tokens=tokens - decodes,
         candidate_limits={
             ratio: torch.tensor([(p + 1) // ratio for _, p in batch.tokens] + [0] * padding).int()
             for ratio in (4, 128)
         },
+        **prefill_metadata(module, batch),
     )
     layer = module.TritonMlaSparseAttention.__new__(module.TritonMlaSparseAttention)
     torch.nn.Module.__init__(layer)
@@ -72,6 +73,7 @@ def layer_and_metadata(
     layer.attn_sink = torch.nn.Parameter(batch.sink, requires_grad=False)
     layer.n_local_heads = len(batch.sink)
     layer.scale, layer.policy, layer.dump_path = 512**-0.5, LaunchPolicy(), dump_path
+    layer.unpacked_capacity = 4096
     metadata: dict[str, Any] = {"layer.swa_cache": window}
     if batch.compressed is not None:
         layer.kv_cache = batch.compressed.cache
@@ -91,6 +93,20 @@ def layer_and_metadata(
             c128a_prefill_topk_indices=positions[split:].int(),
         )
     return layer, metadata
+
+
+def prefill_metadata(module: Any, batch: Batch) -> dict[str, Any]:
+    """What our builder adds for the prefills of `batch`."""
+    first = len(batch.requests) - batch.num_prefills
+    lens = torch.tensor([r.length for r in batch.requests[first:]], dtype=torch.int32)
+    if not len(lens):
+        return {}
+    owners = [i - first for i, _ in batch.tokens[batch.num_decode_tokens :]]
+    stock = SimpleNamespace(num_decodes=0, num_prefills=len(lens), seq_lens=lens)
+    return {
+        "prefill_rows": module.unpacked_rows.prefill_rows(stock, int(lens.max())),
+        "prefill_request_ids": torch.tensor(owners, dtype=torch.int32),
+    }
 
 
 def forward(module: Any, monkeypatch, batch: Batch, **options: Any) -> torch.Tensor:
@@ -123,6 +139,44 @@ def test_layer_is_dense_attention(layer_module, monkeypatch, ratio, phase):
     assert (got - want).norm() / want.norm() <= SPARSE_MLA.tolerance
 
 
+@pytest.mark.parametrize("ratio", [4, 128])
+@pytest.mark.parametrize("phase", [p for p in PHASES if p.prefills], ids=lambda phase: phase.name)
+def test_prefills_that_unpack_their_rows_are_dense_attention(
+    layer_module, monkeypatch, ratio, phase
+):
+    unpacked_rows, taken = layer_module.unpacked_rows, []
+
+    def workspace(spec):
+        taken.append(torch.full(spec[0], math.nan, dtype=spec[1]))
+        return taken[-1:]
+
+    monkeypatch.setattr(unpacked_rows, "workspace", workspace)
+    monkeypatch.setattr(unpacked_rows, "unpacks", lambda tokens, width, rows: rows > 0)
+    batch = Batch(ratio, phase)
+    want = batch.dense()
+    got = forward(layer_module, monkeypatch, batch).double()
+    assert (got - want).norm() / want.norm() <= SPARSE_MLA.tolerance
+    longest = max(request.length for request in phase.prefills)
+    shapes = [tuple(buffer.shape) for buffer in taken]
+    assert shapes == [(len(phase.prefills), longest // ratio, 512)] * (longest >= ratio)
+
+
+def test_rows_are_unpacked_where_it_pays_and_there_is_room(layer_module, monkeypatch):
+    unpacked_rows = layer_module.unpacked_rows
+    monkeypatch.setattr(unpacked_rows, "workspace", lambda spec: [spec[0]])
+    rows = unpacked_rows.PrefillRows(1000, torch.tensor([1000, 3], dtype=torch.int32))
+    many = {"tokens": 300, "width": 512, "capacity": 2000}
+    assert unpacked_rows.room(rows, **many) == (2, 1000, 512)
+    assert unpacked_rows.room(rows, **many | {"capacity": 1999}) is None
+    assert unpacked_rows.room(rows, **many | {"width": 26}) is None, "each is read thrice"
+    assert unpacked_rows.room(rows, **many | {"tokens": 255}) is None
+    with unpacked_rows.packed_only():
+        assert unpacked_rows.room(rows, **many) is None
+    none = unpacked_rows.PrefillRows(0, torch.tensor([0, 0], dtype=torch.int32))
+    assert unpacked_rows.room(none, **many) is None
+    assert unpacked_rows.capacity(1_048_576) == 2**18 and unpacked_rows.capacity(8192) == 4096
+
+
 def test_the_builder_limits_each_token_to_the_rows_that_it_sees(layer_module, monkeypatch):
     """Two decoding requests of two tokens, a prefill of three, two padded tokens."""
     starts, lens = [0, 2, 4, 7], [5, 1029, 130]
@@ -135,12 +189,25 @@ def test_the_builder_limits_each_token_to_the_rows_that_it_sees(layer_module, mo
         query_start_loc=torch.tensor(starts, dtype=torch.int32),
         is_valid_token=valid,
         token_to_req_indices=torch.tensor([0, 0, 1, 1, 2, 2, 2, 250, 250], dtype=torch.int32),
+        num_decodes=2,
+        num_decode_tokens=4,
+        num_prefills=1,
+        num_prefill_tokens=3,
     )
     base = layer_module.DeepseekSparseSWAMetadataBuilder
-    monkeypatch.setattr(base, "build", lambda self: stock)
+    monkeypatch.setattr(base, "build", lambda self, common_prefix_len, common: stock)
     builder = layer_module.WindowMetadataBuilder.__new__(layer_module.WindowMetadataBuilder)
     builder.candidate_limits = {ratio: torch.full((64,), GARBAGE).int() for ratio in (4, 128)}
-    limits = builder.build().candidate_limits
+    upper_bound = torch.tensor([6, 2000, 131], dtype=torch.int32)
+    common = SimpleNamespace(max_seq_len=1029, seq_lens_cpu_upper_bound=upper_bound)
+    metadata = builder.build(0, common)
+    assert {r: (most, lens.tolist()) for r, (most, lens) in metadata.prefill_rows.items()} == {
+        4: (32, [32]), 128: (1, [1]),
+    }  # fmt: skip
+    assert metadata.prefill_request_ids.tolist() == [0, 0, 0]
+    common.seq_lens_cpu_upper_bound = None
+    assert builder.build(0, common).prefill_rows[4].most == 1029 // 4
+    limits = metadata.candidate_limits
     positions = [3, 4, 1027, 1028, 127, 128, 129]
     for ratio in (4, 128):
         assert limits[ratio].tolist() == [(p + 1) // ratio for p in positions] + [0, 0]
@@ -179,12 +246,15 @@ def test_padded_decodes_read_nothing_and_change_nothing(layer_module, monkeypatc
     torch.testing.assert_close(padded[:-PADDING], plain, rtol=2e-2, atol=1e-2)
 
 
-def test_profile_run_gives_zeros(layer_module, monkeypatch):
-    layer, _ = layer_and_metadata(layer_module, Batch(0, PHASES[1]))
+def test_profile_run_gives_zeros_and_has_room_for_rows(layer_module, monkeypatch):
+    layer, _ = layer_and_metadata(layer_module, Batch(4, PHASES[1]))
     monkeypatch.setattr(layer_module, "current_metadata", lambda: None)
+    taken = []
+    monkeypatch.setattr(layer_module.unpacked_rows, "workspace", taken.append)
     output = torch.full((4, 64, 512), math.nan, dtype=torch.bfloat16)
     layer.forward_mqa(torch.empty_like(output), torch.empty(0), torch.empty(0), output)
     assert (output == 0).all()
+    assert taken == [((layer.unpacked_capacity, 512), torch.bfloat16)]
 
 
 def test_dump_describes_a_request_and_aborts(layer_module, monkeypatch, tmp_path):

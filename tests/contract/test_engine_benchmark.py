@@ -56,7 +56,7 @@ def test_every_point_is_measured_by_vllms_client(model):
         assert (point["tokens_per_gap"], point["tokens_per_step"]) == (8, 1)
         assert ("prefill_us_per_token" in point) == (point["batch"] == 1)
         assert point.get("prefill_us_per_token", PREFILL_US) == pytest.approx(PREFILL_US)
-    assert result["problems"] == [] == result["profiles"]
+    assert result["problems"] == [] == result["profiles"] == result["prefill_profiles"]
     arguments = json.loads(re.search(r"arguments (.*)", log)[1])
     assert arguments[-2:] == ["--max-num-seqs", "16"]
     assert " --max-model-len 8289 --max-num-seqs 4 " in " ".join(arguments)
@@ -97,6 +97,32 @@ def test_the_kernels_of_a_point_are_listed(model):
     }  # fmt: skip
     assert '\\"max_iterations\\": 20' in log
     assert "--profiler-config" not in result["vllm_args"]
+
+
+def test_the_kernels_of_a_new_prompts_prefill_are_listed(model):
+    options = ("--profile", "64x1", "--profile-prefill", "96", "--profile-prefill", "64")
+    ran, result, _ = run(model, *options)
+    assert ran.exit_code == 0, ran.output
+    assert [profiled["us_per_step"] for profiled in result["profiles"]] == [100]
+    first, second = result["prefill_profiles"]
+    # The stand-in prefills 32 tokens a step, and nothing of a prompt that it knows.
+    assert (first["context"], first["tokens"], first["steps"]) == (64, 64, 2)
+    assert (second["context"], second["tokens"], second["steps"]) == (96, 96, 3)
+    assert first["us_per_token"] == 100 / 32
+    assert first["groups"] == {"gemm": 50 / 32, "attention": 35 / 32, "copies": 15 / 32}
+    assert first["kernels"][1] == {
+        "name": "sparse_mla_kernel", "group": "attention", "us_per_token": 30 / 32,
+        "calls_per_step": 1, "share": 0.3,
+    }  # fmt: skip
+
+
+def test_a_prefill_can_be_profiled_alone(model):
+    ran, result, log = run(model, "--profile-prefill", "64", contexts="64", batches="1")
+    assert ran.exit_code == 0, ran.output
+    assert "3.12 us of kernels a token, 2 steps" in " ".join(ran.output.split())
+    assert result["profiles"] == []
+    assert [profiled["context"] for profiled in result["prefill_profiles"]] == [64]
+    assert '\\"max_iterations\\": 20' in log
 
 
 @pytest.mark.parametrize(
@@ -150,11 +176,20 @@ def test_a_profile_of_other_steps_is_refused(model):
     assert "(prefilling, decoding) requests [(1, 1)]" in result["problems"][0]
 
 
+def test_a_profile_of_a_part_of_a_prefill_is_refused(model):
+    options = ("--profile", "64x1", "--profile-prefill", "64")
+    ran, result, _ = run(model, *options, fault="cut_profile", contexts="64", batches="1")
+    assert ran.exit_code == 1
+    assert len(result["profiles"]) == 1 and result["prefill_profiles"] == []
+    assert "has 32 prompt tokens in 1 steps, expected 64" in result["problems"][0]
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (("--profile", "64"), "CONTEXTxBATCH"),
         (("--profile", "64x2"), "64x2 is not measured"),
+        (("--profile-prefill", "64"), "--profile-prefill 64 is not measured"),
         (("--batches", "1,x"), "expected positive integers"),
         (("--contexts", "0"), "expected positive integers"),
         (("--env", "A"), "K=V"),
@@ -187,10 +222,45 @@ def test_a_trace_of_torchs_profiler_is_read(tmp_path):
     profiler.export_chrome_trace(str(path))
     events = engine.read_trace(path)
     with pytest.raises(ValueError, match="no kernel"):  # those are the GPU's
-        engine.kernel_times(events, 2)
+        engine.decode_kernel_times(events, 2)
     kernel = {"ph": "X", "cat": "kernel", "name": "void at::native::add<float>(int)", "dur": 6.0}
-    times = engine.kernel_times([*events, kernel], 2)
+    times = engine.decode_kernel_times([*events, kernel], 2)
     assert (times["steps"], times["us_per_step"], times["groups"]) == (3, 2.0, {"other": 2.0})
+
+
+def steps_trace(*steps):
+    """A trace of steps of (prefilling requests, their tokens, decoding requests), 6 us each."""
+    events = []
+    for prefilling, tokens, decoding in steps:
+        name = f"execute_context_{prefilling}({tokens})_generation_{decoding}({decoding})"
+        events.append({"cat": "user_annotation", "name": name, "dur": 9.0})
+        events.append({"cat": "kernel", "name": "nvjet", "dur": 6.0})
+    return events
+
+
+def test_a_prefill_is_profiled_with_all_of_its_chunks():
+    chunks = [(1, 8, 0), (1, 8, 0), (1, 4, 0)]
+    times = engine.prefill_kernel_times(steps_trace(*chunks), 20)
+    assert (times["tokens"], times["steps"], times["us_per_token"]) == (20, 3, 18 / 20)
+    # vLLM's steps without a request, while it waits for the answer.
+    empty = [{"cat": "user_annotation", "name": "execute_context_0(0)_generation_0(0)"}] * 2
+    assert engine.prefill_kernel_times([*steps_trace(*chunks), *empty], 20) == times
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        ([], "0 prompt tokens in 0 steps, expected 20"),
+        ([(1, 8, 0), (1, 8, 0)], "16 prompt tokens in 2 steps, expected 20"),
+        ([(1, 8, 0), (1, 8, 0), (1, 8, 0)], "24 prompt tokens in 3 steps, expected 20"),
+        ([(1, 20, 0), (0, 0, 1)], r"requests \[\(0, 1\), \(1, 0\)\], expected only \(1, 0\)"),
+        ([(1, 20, 1)], r"requests \[\(1, 1\)\]"),
+        ([(2, 20, 0)], r"requests \[\(2, 0\)\]"),
+    ],
+)
+def test_a_profile_of_another_prefill_is_refused(steps, said):
+    with pytest.raises(ValueError, match=said):
+        engine.prefill_kernel_times(steps_trace(*steps), 20)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +284,7 @@ def test_a_kernel_has_a_group(kernel, group):
 
 
 def written_run(path, attention, step_ms, **machine):
-    """A result of two points and one profile, in which batch 8 has failed."""
+    """A result of two points and a profile of each kind, in which batch 8 has failed."""
     kernels = {"ours": "sparse_mla_kernel", "stock": "flash_fwd_splitkv_mla"}[attention]
     listed = [("nvjet", "gemm", 40.0), (kernels, "attention", 10.0 * step_ms)]
     result = {
@@ -243,6 +313,15 @@ def written_run(path, attention, step_ms, **machine):
                 ],
             }
         ],
+        "prefill_profiles": [
+            {
+                **{"context": 1024, "tokens": 1024, "steps": 1, "us_per_token": step_ms / 4},
+                "groups": {"attention": step_ms / 4},
+                "kernels": [
+                    {"name": kernels, "group": "attention", "us_per_token": step_ms / 4},
+                ],
+            }
+        ],
     }
     path.write_text(json.dumps(result))
     return path, copy.deepcopy(result)
@@ -266,6 +345,28 @@ def test_two_runs_are_compared_point_by_point_and_kernel_by_kernel(tmp_path):
         {"group": "attention", "kernel": "flash_fwd_splitkv_mla", "us_per_step": [0.0, 40.0]},
         {"group": "attention", "kernel": "sparse_mla_kernel", "us_per_step": [30.0, 0.0]},
     ]
+    assert "context 1,024: 0.75 / 1.00 us of kernels a token" in ran.output
+    (prefill,) = compared["prefill_profiles"]
+    assert prefill == {
+        "context": 1024,
+        "rows": [
+            {"group": "attention", "us_per_token": [0.75, 1.0]},
+            {"group": "attention", "kernel": "flash_fwd_splitkv_mla", "us_per_token": [0.0, 1.0]},
+            {"group": "attention", "kernel": "sparse_mla_kernel", "us_per_token": [0.75, 0.0]},
+        ],
+    }
+
+
+def test_a_result_from_before_prefill_profiles_is_compared(tmp_path):
+    ours, _ = written_run(tmp_path / "ours.json", "ours", 3.0)
+    stock, result = written_run(tmp_path / "stock.json", "stock", 4.0)
+    del result["prefill_profiles"]
+    stock.write_text(json.dumps(result))
+    path = tmp_path / "compared.json"
+    ran = CliRunner().invoke(engine.app, ["compare", str(ours), str(stock), "--json", str(path)])
+    assert ran.exit_code == 0, ran.output
+    compared = json.loads(path.read_text())
+    assert len(compared["profiles"]) == 1 and compared["prefill_profiles"] == []
 
 
 def test_runs_that_cannot_be_compared_are_refused(tmp_path):

@@ -274,7 +274,7 @@ def test_requests_that_pad_a_batch_change_nothing(select):
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 2, 4])
-@pytest.mark.parametrize("query_lens", [[1] * 5, [70, 5, 60, 3, 64]], ids=["decodes", "prefills"])
+@pytest.mark.parametrize("query_lens", [[1] * 5, [17, 5, 20, 3, 14]], ids=["decodes", "prefills"])
 def test_scores_stay_below_the_cap(select, monkeypatch, module, rows_at_once, query_lens):
     sizes = []
 
@@ -284,7 +284,7 @@ def test_scores_stay_below_the_cap(select, monkeypatch, module, rows_at_once, qu
 
     monkeypatch.setattr(module, "workspace", watched)
     # One row of a list of one-pass selection takes 24,580 B.
-    cap = max(4 * COLUMNS * rows_at_once, 24_580 if module.in_one_pass() else 0)
+    cap = rows_at_once * (24_580 if module.in_one_pass() else 4 * COLUMNS)
     requests = Requests(query_lens, [300, 7, 90, 99, 1200])
     _, rows = select(requests, cap=cap)
     assert_selected(rows, requests)

@@ -77,12 +77,12 @@ def test_launches_of_query_chunks_cover_every_token():
         padded=st.booleans(),
         rows=st.integers(1, 120),
     ),
-    table=st.booleans(),
+    positions=st.sampled_from([{}, {"table": True}, {"table": True, "unpack": True}]),
     seed=st.integers(0, 1000),
 )
-def test_any_indices_lengths_and_pages(shape, table, seed):
-    if table and shape.extra:
-        shape = SparseMlaShape(**{**vars(shape), "table": True})
+def test_any_indices_lengths_and_pages(shape, positions, seed):
+    if shape.extra:
+        shape = SparseMlaShape(**{**vars(shape), **positions})
     check(sparse_mla_inputs(shape, device=DEVICE, seed=seed))
 
 
@@ -119,6 +119,47 @@ def test_positions_past_the_block_table_are_ignored():
     short = {**inputs, "extra_indices": inputs["extra_indices"][:, :3].contiguous()}
     short["extra_lens"] = torch.full_like(inputs["extra_lens"], 3)
     torch.testing.assert_close(sparse_mla(**inputs), sparse_mla(**short))
+    check(inputs)
+
+
+UNPACK = SparseMlaShape(
+    6, heads=4, swa=3, extra=20, table=True, extra_block=4, rows=50, unpack=True
+)
+
+
+def test_rows_are_unpacked_as_they_are():
+    inputs = sparse_mla_inputs(UNPACK, device=DEVICE)
+    sparse_mla(**inputs)
+    pages = inputs["extra_block_table"].long()
+    packed = unpack_fp8_ds_mla(inputs["extra_cache"])[pages].flatten(1, 2)
+    for got, want, rows in zip(inputs["unpacked"], packed, inputs["unpacked_lens"], strict=True):
+        assert torch.equal(got[:rows].float(), want[:rows])
+        assert got[-(-rows // 16) * 16 :].isnan().all(), "wrote past the request's rows"
+
+
+def test_positions_past_the_unpacked_rows_are_ignored():
+    inputs = sparse_mla_inputs(UNPACK, device=DEVICE)
+    rows = inputs["unpacked_lens"][inputs["request_ids"].long()]
+    inputs["extra_indices"][:, ::2] = rows[:, None] + torch.arange(10, device=DEVICE).int()
+    check(inputs)
+    inputs["unpacked_lens"].zero_()
+    check(inputs)
+
+
+@pytest.mark.parametrize("head_block", [1, 2, 4])
+def test_unpacked_rows_in_every_tile(head_block):
+    shape = SparseMlaShape(3, heads=40, swa=40, extra=70, lens="ragged", holes=0.2, rows=90)
+    shape = SparseMlaShape(**{**vars(shape), "table": True, "unpack": True})
+    check(sparse_mla_inputs(shape, device=DEVICE), LaunchPolicy(head_block=head_block))
+
+
+@pytest.mark.gpu
+def test_unpacked_rows_beyond_2_gib():
+    shape = SparseMlaShape(5, heads=16, extra=64, table=True, unpack=True)
+    inputs = sparse_mla_inputs(shape, device=DEVICE)
+    requests, rows = len(inputs["extra_block_table"]), 2**20
+    inputs["unpacked"] = inputs["unpacked"].new_empty(requests, rows, 512)
+    inputs["request_ids"].fill_(requests - 1)
     check(inputs)
 
 
@@ -231,13 +272,29 @@ BAD = {
     "lens dtype": ({"extra_lens": lambda t: t.long()}, TypeError, "extra_lens"),
     "sink length": ({"sink": lambda t: t[:2]}, ValueError, "sink: expected a contiguous vector"),
     "lone extra": ({"extra_indices": lambda t: None}, ValueError, "both or neither"),
+    "lone unpacked": ({"unpacked_lens": lambda t: None}, ValueError, "unpacked_lens: give both"),
+    "no table": (
+        {"extra_block_table": lambda t: None, "request_ids": lambda t: None},
+        ValueError,
+        "unpacked: needs extra_block_table",
+    ),
+    "unpacked dtype": ({"unpacked": lambda t: t.float()}, TypeError, "unpacked: expected dtype"),
+    "unpacked shape": ({"unpacked": lambda t: t[:1]}, ValueError, r"expected \[2, N, 512\]"),
+    "no rows": ({"unpacked": lambda t: t[:, :0]}, ValueError, "N from 1 on"),
+    "unpacked strides": (
+        {"unpacked": lambda t: t[:, ::2]},
+        ValueError,
+        "unpacked: expected contiguous",
+    ),
+    "unpacked lens": ({"unpacked_lens": lambda t: t.long()}, TypeError, "unpacked_lens"),
     "device": ({"sink": lambda t: t.to("meta")}, ValueError, "sink: expected device"),
 }
 
 
 @pytest.mark.parametrize("change, error, message", BAD.values(), ids=BAD.keys())
 def test_bad_input_is_named_before_anything_is_written(change, error, message):
-    inputs = sparse_mla_inputs(SparseMlaShape(2, heads=4, swa=8, extra=8, rows=16), device=DEVICE)
+    shape = SparseMlaShape(2, heads=4, swa=8, extra=8, rows=16, table=True, unpack=True)
+    inputs = sparse_mla_inputs(shape, device=DEVICE)
     inputs["out"] = torch.full_like(inputs["q"], math.nan)
     for name, alter in change.items():
         inputs[name] = alter(inputs[name])

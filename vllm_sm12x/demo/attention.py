@@ -138,6 +138,7 @@ class Batch:
         gen = torch.Generator().manual_seed(seed)
         self.ratio = ratio
         self.requests = (*phase.decodes, *phase.prefills)
+        self.num_prefills = len(phase.prefills)
         self.num_decode_tokens = sum(request.count for request in phase.decodes)
         lengths = [request.length for request in self.requests]
         oldest = [max(0, request.first - WINDOW + 1) for request in self.requests]

@@ -30,9 +30,9 @@ from vllm_sm12x.vllm_api.indexer import (
     max_logits_bytes,
     top_k_of_decode,
     top_k_of_prefill,
-    workspace,
 )
 from vllm_sm12x.vllm_api.sparse_mla import current_metadata
+from vllm_sm12x.vllm_api.workspace import workspace
 
 HEAD_DIM = 128
 SCALE_BYTES = SCORE_BYTES = 4

@@ -69,6 +69,9 @@ def variants(
         # A stride of the partial results is splits * heads.
         merged = (_power_of_two(splits), splits * widths.heads % 16) if splits > 1 else None
         found.add(("sparse_mla", attend.config, merged))
+    if tokens >= sparse_mla.UNPACK_TOKENS and not invariant:
+        # Such a prefill unpacks its rows, or has too many and reads them as they are.
+        found.add("sparse_mla, unpacked")
     steps = widths.heads // widths.groups * HEAD_DIM // fp8_einsum.SCALE_BLOCK
     project = fp8_einsum.choose(
         tokens, widths.groups, widths.output_rank, steps, sms=sms, batch_invariant=invariant

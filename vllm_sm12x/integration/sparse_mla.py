@@ -6,6 +6,7 @@ grouped output projection, which vLLM gives to DeepGEMM, are ours too.
 
 Decode, speculative decode (several tokens of one request) and prefill all read the packed paged
 caches through the same kernel; a batch of both makes two calls, decodes first, as vLLM orders it.
+Where a prefill's tokens share their compressed rows, the call unpacks these first.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from vllm_sm12x import knobs
-from vllm_sm12x.integration import providers, selection
+from vllm_sm12x.integration import providers, selection, unpacked_rows
 from vllm_sm12x.integration.candidate_limits import COMPRESS_RATIOS, candidate_limits
 from vllm_sm12x.integration.dump import dump_and_abort
 from vllm_sm12x.integration.indexer import IndexerCache, SparseIndexer, as_if_deep_gemm
@@ -70,11 +71,15 @@ class WindowMetadata(DeepseekSparseSWAMetadata):
         prefill_swa_lens: int32 [prefill tokens].
         candidate_limits: compress ratio -> int32 [tokens], the compressed rows that a token sees;
             0 for a padded token, which finds another step's positions in the shared top-k buffer.
+        prefill_rows: compress ratio -> the compressed rows of the prefills' requests.
+        prefill_request_ids: int32 [prefill tokens], place of the request among the prefills.
     """
 
     prefill_swa_indices: torch.Tensor | None = None
     prefill_swa_lens: torch.Tensor | None = None
     candidate_limits: dict[int, torch.Tensor] | None = None
+    prefill_rows: dict[int, unpacked_rows.PrefillRows] = dataclasses.field(default_factory=dict)
+    prefill_request_ids: torch.Tensor | None = None
 
 
 class WindowMetadataBuilder(DeepseekSparseSWAMetadataBuilder):
@@ -93,16 +98,30 @@ class WindowMetadataBuilder(DeepseekSparseSWAMetadataBuilder):
             )
             self.window_lens = torch.zeros(tokens, dtype=torch.int32, device=self.device)
 
-    def build(self, *args: Any, **kwargs: Any) -> WindowMetadata:
-        metadata = WindowMetadata(**vars(super().build(*args, **kwargs)))
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: Any, *args: Any, **kwargs: Any
+    ) -> WindowMetadata:
+        stock = super().build(common_prefix_len, common_attn_metadata, *args, **kwargs)
+        metadata = WindowMetadata(**vars(stock))
         metadata.candidate_limits = candidate_limits(metadata, self.candidate_limits)
-        if not BUILDER_GIVES_PREFILL_SLOTS and metadata.num_prefills:
+        if metadata.num_prefills:
+            self._add_prefills(metadata, common_attn_metadata)
+        return metadata
+
+    def _add_prefills(self, metadata: WindowMetadata, common: Any) -> None:
+        decodes = metadata.num_decode_tokens
+        prefill = slice(decodes, decodes + metadata.num_prefill_tokens)
+        if not BUILDER_GIVES_PREFILL_SLOTS:
             window_slots(metadata, self.window_size, self.window_indices, self.window_lens)
-            decodes = metadata.num_decode_tokens
-            prefill = slice(decodes, decodes + metadata.num_prefill_tokens)
             metadata.prefill_swa_indices = self.window_indices[prefill]
             metadata.prefill_swa_lens = self.window_lens[prefill]
-        return metadata
+        longest, lens = common.max_seq_len, common.seq_lens_cpu_upper_bound
+        if lens is not None:
+            first = metadata.num_decodes
+            longest = int(lens[first : first + metadata.num_prefills].max())
+        metadata.prefill_rows = unpacked_rows.prefill_rows(metadata, longest)
+        requests: Any = metadata.token_to_req_indices
+        metadata.prefill_request_ids = requests[prefill] - metadata.num_decodes
 
     def update_draft_decode_metadata(self, metadata: WindowMetadata) -> None:
         """For the next draft token, in place: vLLM's V2 model runner has moved the lengths on."""
@@ -171,6 +190,12 @@ class TritonMlaSparseAttention(BreakableAttention):
         if self.on_sm12x_path and self.indexer is not None:
             _take_over_selection(self.indexer, vllm_config)
         self.policy = launch_policy()
+        # Its sums have another order than those of packed rows in splits.
+        self.unpacked_capacity = (
+            0
+            if self.policy.batch_invariant or self.compress_ratio <= 1
+            else unpacked_rows.capacity(vllm_config.model_config.max_model_len)
+        )
         self.dump_path = (
             knobs.get("VLLM_TRITON_MLA_SPARSE_DUMP_PATH")
             if knobs.get("VLLM_TRITON_MLA_SPARSE_DUMP")
@@ -210,6 +235,8 @@ class TritonMlaSparseAttention(BreakableAttention):
         """Attend; q and output are bf16 [tokens, padded heads, 512], kv is read from the caches."""
         metadata = current_metadata()
         if metadata is None:
+            if self.unpacked_capacity:
+                unpacked_rows.reserve(self.unpacked_capacity)
             output.zero_()
             return
         window = metadata[self.swa_cache_layer.prefix]
@@ -245,9 +272,11 @@ class TritonMlaSparseAttention(BreakableAttention):
         self, tokens: slice, window: Any, compressed: Any
     ) -> dict[str, torch.Tensor]:
         """The extra candidates of `tokens`, which are all of the decodes or all of the prefills."""
-        if self.compress_ratio <= 1:
+        ratio = self.compress_ratio
+        if ratio <= 1:
             return {}
-        if self.compress_ratio == 128 and tokens.start == 0 and window.num_decode_tokens:
+        decodes = tokens.start == 0 and window.num_decode_tokens > 0
+        if ratio == 128 and decodes:
             return {
                 "extra_cache": self.kv_cache,
                 "extra_indices": compressed.c128a_global_decode_topk_indices,
@@ -255,13 +284,29 @@ class TritonMlaSparseAttention(BreakableAttention):
             }
         # Positions within the request: top-k of the indexer (ratio 4), all of them (ratio 128).
         top_k: Any = self.topk_indices_buffer
-        positions = (
-            top_k[tokens] if self.compress_ratio == 4 else compressed.c128a_prefill_topk_indices
-        )
-        return {
+        positions = top_k[tokens] if ratio == 4 else compressed.c128a_prefill_topk_indices
+        candidates = {
             "extra_cache": self.kv_cache,
             "extra_indices": positions,
-            "extra_lens": window.candidate_limits[self.compress_ratio][tokens],
+            "extra_lens": window.candidate_limits[ratio][tokens],
             "extra_block_table": compressed.block_table,
             "request_ids": window.token_to_req_indices[tokens],
+        }
+        if decodes:
+            return candidates
+        rows = window.prefill_rows[ratio]
+        unpacked = unpacked_rows.room(
+            rows,
+            tokens=window.num_prefill_tokens,
+            width=positions.shape[-1],
+            capacity=self.unpacked_capacity,
+        )
+        if unpacked is None:
+            return candidates
+        prefills = slice(window.num_decodes, window.num_decodes + window.num_prefills)
+        return candidates | {
+            "extra_block_table": compressed.block_table[prefills],
+            "request_ids": window.prefill_request_ids,
+            "unpacked": unpacked,
+            "unpacked_lens": rows.lens,
         }

@@ -19,11 +19,12 @@ from rich.console import Console
 from rich.progress import track
 
 from vllm_sm12x import knobs
-from vllm_sm12x.integration import indexer, providers, selection
+from vllm_sm12x.integration import indexer, providers, selection, unpacked_rows
 from vllm_sm12x.integration.launch_variants import Widths, launch_policy, representatives
 from vllm_sm12x.log import get_logger
 from vllm_sm12x.ops.launch import multiprocessors
 from vllm_sm12x.ops.mqa_logits.config import FEW_KEYS_LIMIT
+from vllm_sm12x.ops.sparse_mla.config import UNPACK_TOKENS
 
 KNOB = "VLLM_SM12X_WARMUP"
 SAMPLING_KINDS = (
@@ -157,6 +158,9 @@ def warm_up(worker: Any) -> None:
             for batch in shown:
                 try:
                     engine.run(**vars(batch))
+                    if ours and sum(batch.prompts) >= UNPACK_TOKENS:
+                        with unpacked_rows.packed_only():
+                            engine.run(**vars(batch))
                 except Exception as error:
                     raise RuntimeError(
                         f"The warm-up failed at {batch}: {type(error).__name__}: {error}; {KNOB}=0 "

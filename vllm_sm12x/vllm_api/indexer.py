@@ -14,7 +14,6 @@ from vllm.v1.attention.backends.mla.indexer import (
     DeepseekV32IndexerMetadata,
     DeepseekV32IndexerMetadataBuilder,
 )
-from vllm.v1.worker.workspace import current_workspace_manager
 
 # Where the layer's constructor and the metadata builder ask whether there is a DeepGEMM.
 HAS_DEEP_GEMM = "has_deep_gemm"
@@ -24,11 +23,6 @@ ASKING_MODULES = (layer_module, builder_module)
 def max_logits_bytes() -> int:
     """What index scores may take at one time."""
     return envs.VLLM_SPARSE_INDEXER_MAX_LOGITS_MB * 2**20
-
-
-def workspace(*shapes_and_dtypes: tuple[tuple[int, ...], torch.dtype]) -> list[torch.Tensor]:
-    """Buffers in the memory that all layers share; the largest call so far sizes it."""
-    return current_workspace_manager().get_simultaneous(*shapes_and_dtypes)
 
 
 def gather_keys(cache: torch.Tensor, chunk: Any, keys: torch.Tensor, scales: torch.Tensor) -> None:
@@ -82,5 +76,4 @@ __all__ = [
     "max_logits_bytes",
     "top_k_of_decode",
     "top_k_of_prefill",
-    "workspace",
 ]

@@ -1,14 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sparse MLA attention over the packed fp8_ds_mla cache, for DeepSeek V4 (README.md)."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from vllm_sm12x.ops.fp8_ds_mla import HEAD_DIM, check_packed_cache
 from vllm_sm12x.ops.launch import dot_dtype, interpreted, multiprocessors, on_device
-from vllm_sm12x.ops.sparse_mla.config import LaunchConfig, LaunchPolicy, choose
-from vllm_sm12x.ops.sparse_mla.kernel import sparse_mla_kernel, sparse_mla_merge_kernel
+from vllm_sm12x.ops.sparse_mla.config import (
+    UNPACK_BLOCK,
+    LaunchConfig,
+    LaunchPolicy,
+    choose,
+    choose_unpacked,
+)
+from vllm_sm12x.ops.sparse_mla.kernel import (
+    sparse_mla_kernel,
+    sparse_mla_merge_kernel,
+    unpack_rows_kernel,
+)
 
 MAX_HEADS = 128
 
@@ -24,6 +36,8 @@ def sparse_mla(
     extra_lens: torch.Tensor | None = None,
     extra_block_table: torch.Tensor | None = None,
     request_ids: torch.Tensor | None = None,
+    unpacked: torch.Tensor | None = None,
+    unpacked_lens: torch.Tensor | None = None,
     sink: torch.Tensor | None = None,
     softmax_scale: float,
     out: torch.Tensor | None = None,
@@ -48,6 +62,11 @@ def sparse_mla(
             and page p of request r lives in block `extra_block_table[r, p]`; positions past the
             table are ignored.
         request_ids: int32 [T], row of `extra_block_table` for each token; required with it.
+        unpacked: bf16 [R, N, 512], contiguous, overwritten: the rows of each request, by position,
+            are unpacked into it once and read from there, which pays where tokens share them
+            (`config.unpacks`). Needs `extra_block_table` of R rows.
+        unpacked_lens: int32 [R], how many rows each request has; positions at or past it or N are
+            ignored. Required with `unpacked`.
         sink: fp32 [H], natural log units, added to the denominator only; -inf is none.
         softmax_scale: factor of the scores.
         out: bf16 [T, H, 512] to write into; allocated if None.
@@ -77,6 +96,7 @@ def sparse_mla(
     if extra_block_table is not None:
         _check_matrix("extra_block_table", extra_block_table, torch.int32)
     _check_vector("request_ids", request_ids, torch.int32, tokens)
+    _check_unpacked(unpacked, unpacked_lens, extra_block_table)
     _check_vector("sink", sink, torch.float32, heads)
     if out is not None:
         _check_output(out, q)
@@ -90,6 +110,8 @@ def sparse_mla(
         extra_lens=extra_lens,
         extra_block_table=extra_block_table,
         request_ids=request_ids,
+        unpacked=unpacked,
+        unpacked_lens=unpacked_lens,
         sink=sink,
         out=out,
     )
@@ -99,10 +121,15 @@ def sparse_mla(
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty((tokens, heads), dtype=torch.float32) if return_lse else None
     if tokens:
-        candidates = swa_indices.shape[1]
-        if extra_indices is not None:
-            candidates += extra_indices.shape[1]
-        plan = choose(tokens, heads, candidates, sms=sms, policy=policy or LaunchPolicy())
+        policy = policy or LaunchPolicy()
+        if unpacked is not None:
+            plan = choose_unpacked(heads, sms=sms, policy=policy)
+            _unpack(unpacked, extra_cache, extra_block_table, unpacked_lens)
+        else:
+            candidates = swa_indices.shape[1]
+            if extra_indices is not None:
+                candidates += extra_indices.shape[1]
+            plan = choose(tokens, heads, candidates, sms=sms, policy=policy)
         for start in range(0, tokens, plan.tokens_per_launch):
             rows = slice(start, start + plan.tokens_per_launch)
             _launch(
@@ -113,6 +140,8 @@ def sparse_mla(
                 swa_cache=swa_cache,
                 extra_cache=extra_cache,
                 table=extra_block_table,
+                unpacked=unpacked,
+                unpacked_lens=unpacked_lens,
                 q=q[rows],
                 swa_indices=swa_indices[rows],
                 swa_lens=_rows(swa_lens, rows),
@@ -138,6 +167,8 @@ def _launch(
     swa_cache: torch.Tensor,
     extra_cache: torch.Tensor | None,
     table: torch.Tensor | None,
+    unpacked: torch.Tensor | None,
+    unpacked_lens: torch.Tensor | None,
     q: torch.Tensor,
     swa_indices: torch.Tensor,
     swa_lens: torch.Tensor | None,
@@ -151,6 +182,9 @@ def _launch(
     has_extra = extra_cache is not None and extra_indices is not None
     if extra_cache is None or extra_indices is None:
         extra_cache, extra_indices = swa_cache, swa_indices  # never read
+    extra_block = extra_cache.shape[1]
+    if unpacked is not None:
+        extra_cache, extra_block, has_extra, table = unpacked, 1, False, None
     partial = num_splits > 1
     target, target_lse = out, lse
     if partial:
@@ -172,6 +206,7 @@ def _launch(
             extra_lens,
             table,
             request_ids,
+            unpacked_lens,
             sink,
             target,
             target_lse,
@@ -180,6 +215,7 @@ def _launch(
             swa_indices.shape[1],
             extra_indices.shape[1],
             0 if table is None else table.shape[1],
+            0 if unpacked is None else unpacked.shape[1],
             q.stride(0),
             q.stride(1),
             swa_cache.stride(0),
@@ -191,16 +227,18 @@ def _launch(
             *lse_strides,
             num_splits,
             SWA_BLOCK=swa_cache.shape[1],
-            EXTRA_BLOCK=extra_cache.shape[1],
+            EXTRA_BLOCK=extra_block,
             HAS_SWA_LENS=swa_lens is not None,
             HAS_EXTRA=has_extra,
             HAS_EXTRA_LENS=extra_lens is not None,
             HAS_TABLE=table is not None,
+            UNPACKED=unpacked is not None,
             HAS_SINK=sink is not None,
             HAS_LSE=lse is not None,
             PARTIAL=partial,
             BLOCK_H=config.block_h,
             BLOCK_N=config.block_n,
+            STAGES=config.stages,
             DOT_DTYPE=dot_dtype(tl.bfloat16),
             NATIVE=not interpreted(),
             num_warps=config.num_warps,
@@ -227,6 +265,26 @@ def _launch(
             )
 
 
+def _unpack(unpacked: torch.Tensor, cache: Any, table: Any, lens: Any) -> None:
+    requests, width, _ = unpacked.shape
+    with on_device(unpacked.device):
+        unpack_rows_kernel[(triton.cdiv(width, UNPACK_BLOCK), requests)](
+            cache,
+            table,
+            lens,
+            unpacked,
+            cache.stride(0),
+            table.stride(0),
+            table.shape[1],
+            width,
+            unpacked.stride(0),
+            BLOCK=cache.shape[1],
+            BLOCK_N=UNPACK_BLOCK,
+            NATIVE=not interpreted(),
+            num_warps=4,
+        )
+
+
 def _check_query(q: torch.Tensor) -> None:
     if q.dtype != torch.bfloat16:
         raise TypeError(f"q: expected dtype torch.bfloat16, got {q.dtype}")
@@ -236,6 +294,29 @@ def _check_query(q: torch.Tensor) -> None:
         )
     if q.stride(2) != 1:
         raise ValueError(f"q: expected contiguous rows, got strides {tuple(q.stride())}")
+
+
+def _check_unpacked(
+    unpacked: torch.Tensor | None, lens: torch.Tensor | None, table: torch.Tensor | None
+) -> None:
+    if (unpacked is None) != (lens is None):
+        raise ValueError("unpacked and unpacked_lens: give both or neither")
+    if unpacked is None:
+        return
+    if table is None:
+        raise ValueError("unpacked: needs extra_block_table and request_ids")
+    if unpacked.dtype != torch.bfloat16:
+        raise TypeError(f"unpacked: expected dtype torch.bfloat16, got {unpacked.dtype}")
+    requests = table.shape[0]
+    shape = list(unpacked.shape)
+    if len(shape) != 3 or shape[::2] != [requests, HEAD_DIM] or not shape[1]:
+        raise ValueError(
+            f"unpacked: expected [{requests}, N, {HEAD_DIM}] with N from 1 on and the "
+            f"{requests} rows of extra_block_table, got {shape}"
+        )
+    if not unpacked.is_contiguous():
+        raise ValueError(f"unpacked: expected contiguous, got strides {tuple(unpacked.stride())}")
+    _check_vector("unpacked_lens", lens, torch.int32, requests)
 
 
 def _check_output(out: torch.Tensor, q: torch.Tensor) -> None:

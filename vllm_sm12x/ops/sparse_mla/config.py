@@ -9,11 +9,16 @@ from vllm_sm12x.ops.fp8_ds_mla import HEAD_DIM
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """One compiled tile: BLOCK_H heads by BLOCK_N candidates."""
+    """One compiled tile: BLOCK_H heads by BLOCK_N candidates.
+
+    Attributes:
+        stages: of the loop over unpacked rows; one less is the number of tiles in shared memory.
+    """
 
     block_h: int
     block_n: int
     num_warps: int
+    stages: int
 
 
 @dataclass(frozen=True)
@@ -60,9 +65,12 @@ class LaunchPlan:
 # Tiles that fit sm_120 / sm_121 (101,376 B shared memory, 255 registers) without spills when they
 # read the packed rows directly. Measured ahead of time for both (tests/compile).
 CONFIGS = {
-    1: LaunchConfig(block_h=16, block_n=16, num_warps=4),  # 33 KiB: 2 programs on an SM
-    2: LaunchConfig(block_h=32, block_n=16, num_warps=4),  # 49 KiB: 2 programs, just
-    4: LaunchConfig(block_h=64, block_n=16, num_warps=8),  # 82 KiB: one dequantisation, 64 heads
+    # 33 KiB (49 with unpacked rows): 2 programs on an SM.
+    1: LaunchConfig(block_h=16, block_n=16, num_warps=4, stages=3),
+    # 49 KiB: 2 programs, just.
+    2: LaunchConfig(block_h=32, block_n=16, num_warps=4, stages=2),
+    # 82 KiB (98): one dequantisation for 64 heads.
+    4: LaunchConfig(block_h=64, block_n=16, num_warps=8, stages=3),
 }
 # By key of CONFIGS: where each multiprocessor has one program, and where it has two at a time.
 # Fitted to an H200 that runs the code and has the shared memory of SM12x (benchmarks/README.md,
@@ -84,6 +92,14 @@ WAVES_PER_LAUNCH = 8
 # would write more fp32 than a prefill reads, fewer would leave one token more waiting.
 INVARIANT_SPLITS = 4
 INVARIANT_SHORT_LIST = 128
+# A prefill of fewer tokens may want splits, and one that reads a row less often than this has no
+# gain from unpacking it.
+UNPACK_TOKENS = 256
+UNPACK_REUSE = 4
+# The widest tile for unpacked rows.
+UNPACKED_GROUP = 2
+# Rows that one program unpacks.
+UNPACK_BLOCK = 16
 
 
 @lru_cache(maxsize=4096)
@@ -104,6 +120,17 @@ def choose(
     )
     config = CONFIGS[group]
     return LaunchPlan(config, splits, _tokens_per_launch(heads, config, sms, policy))
+
+
+def unpacks(tokens: int, width: int, rows: int) -> bool:
+    """Whether a prefill, `tokens` queries of `width` extra candidates, should unpack its `rows`."""
+    return tokens >= UNPACK_TOKENS and tokens * width >= UNPACK_REUSE * rows > 0
+
+
+def choose_unpacked(heads: int, *, sms: int, policy: LaunchPolicy) -> LaunchPlan:
+    """Plan a launch whose extra candidates are unpacked: without splits."""
+    config = CONFIGS[policy.head_block or min(UNPACKED_GROUP, _groups(heads)[-1])]
+    return LaunchPlan(config, 1, _tokens_per_launch(heads, config, sms, policy))
 
 
 def _splits(

@@ -2,7 +2,8 @@
 """Triton kernels of sparse_mla.
 
 Design constraints, please keep them when editing:
-- Candidates are read straight from the packed 584-byte rows: no gather workspace.
+- Candidates are read straight from the packed 584-byte rows: no gather workspace, but in a prefill,
+  whose tokens share their rows (README.md, "Prefill").
 - The raw words of tile i+1 and the slots of tile i+2 are in flight while tile i is multiplied;
   dequantisation happens at the top of the loop, so K is staged once for both dots.
 - Raw rows are 32-bit words, unpacked by inline assembly: as bytes they are taken apart and put
@@ -40,12 +41,19 @@ _RUNTIME_SIZES = [
     "swa_width",
     "extra_width",
     "table_width",
+    "unpacked_width",
     "table_stride",
     "num_splits",
 ]
 # Read one number at a time. A prefill's begin wherever the decodes of its batch end, and knowing
 # that they are aligned would only compile more variants.
-_SCALAR_LOADS = ["swa_lens_ptr", "extra_lens_ptr", "table_ptr", "request_ids_ptr"]
+_SCALAR_LOADS = [
+    "swa_lens_ptr",
+    "extra_lens_ptr",
+    "table_ptr",
+    "request_ids_ptr",
+    "unpacked_lens_ptr",
+]
 
 
 # Two words of bf16 pairs from a word of four e4m3 and a scale. Exact: e4m3 has 4 significant bits,
@@ -106,6 +114,14 @@ def _load_slots(
         mapped = tl.where(page < 0, -1, page * EXTRA_BLOCK + position % EXTRA_BLOCK)
         slot = tl.where(in_extra, mapped, slot)
     return slot
+
+
+@triton.jit
+def _load_positions(first, indices_ptr, limit, BLOCK_N: tl.constexpr):
+    """Entries [BLOCK_N] of one index row from `first` on; -1 at or past `limit`."""
+    n = first + tl.arange(0, BLOCK_N)
+    listed = n < limit
+    return tl.load(indices_ptr + tl.where(listed, n, 0), mask=listed, other=-1)
 
 
 @triton.jit
@@ -248,6 +264,38 @@ def _place(head_blocks, num_heads, BLOCK_H: tl.constexpr, AGAIN: tl.constexpr):
 
 
 @triton.jit
+def _attend(
+    k_low,
+    k_high,
+    valid,
+    q_low,
+    q_high,
+    scale_log2,
+    running_max,
+    running_sum,
+    acc_low,
+    acc_high,
+    DOT_DTYPE: tl.constexpr,
+):
+    """Add one tile, two halves [BLOCK_N, 256], to the online softmax; its new state."""
+    # Scaled before the sum, which Triton would make one chain of MMAs again.
+    s = tl.dot(k_low, tl.trans(q_low)) * scale_log2
+    s += tl.dot(k_high, tl.trans(q_high)) * scale_log2
+    s = tl.where(valid[:, None], s, MASKED)
+    new_max = tl.maximum(running_max, tl.max(s, 0))
+    rescale = tl.exp2(running_max - new_max)
+    # Before P is staged, so that the two share their shared memory.
+    acc_low = acc_low * rescale[:, None]
+    acc_high = acc_high * rescale[:, None]
+    p = tl.exp2(s - tl.maximum(new_max, MASKED / 2)[None, :])  # 0 where s is MASKED
+    running_sum = running_sum * rescale + tl.sum(p, 0)
+    p = tl.trans(p).to(DOT_DTYPE)
+    acc_low = tl.dot(p, k_low, acc_low)
+    acc_high = tl.dot(p, k_high, acc_high)
+    return new_max, running_sum, acc_low, acc_high
+
+
+@triton.jit
 def _lse(running_max, running_sum):
     """The base-2 LSE; -inf where no candidate was seen."""
     seen = running_sum > 0
@@ -265,6 +313,7 @@ def sparse_mla_kernel(
     extra_lens_ptr,
     table_ptr,
     request_ids_ptr,
+    unpacked_lens_ptr,
     sink_ptr,
     out_ptr,
     lse_ptr,
@@ -273,6 +322,7 @@ def sparse_mla_kernel(
     swa_width,
     extra_width,
     table_width,
+    unpacked_width,
     q_stride_t,
     q_stride_h,
     swa_page_stride,
@@ -292,16 +342,21 @@ def sparse_mla_kernel(
     HAS_EXTRA: tl.constexpr,
     HAS_EXTRA_LENS: tl.constexpr,
     HAS_TABLE: tl.constexpr,
+    UNPACKED: tl.constexpr,
     HAS_SINK: tl.constexpr,
     HAS_LSE: tl.constexpr,
     PARTIAL: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
     """One query token, BLOCK_H heads, one split of its candidates.
 
+    UNPACKED has the extra candidates' rows in bf16, those of one request by position, at
+    `extra_ptr` with `extra_page_stride` values between requests; it takes one split, without
+    HAS_EXTRA.
     PARTIAL writes the split's normalised fp32 result and its base-2 LSE (-inf if it saw no
     candidate); otherwise the final bf16 row and, if asked, the natural LSE without the sink.
     """
@@ -316,10 +371,11 @@ def sparse_mla_kernel(
     swa_tiles = tl.cdiv(tl.maximum(swa_len, 0), BLOCK_N)
     extra_len = 0
     num_tiles = swa_tiles
-    if HAS_EXTRA:
+    if HAS_EXTRA or UNPACKED:
         extra_len = extra_width
         if HAS_EXTRA_LENS:
             extra_len = tl.minimum(tl.load(extra_lens_ptr + token), extra_width)
+    if HAS_EXTRA:
         num_tiles += tl.cdiv(tl.maximum(extra_len, 0), BLOCK_N)
     swa_row_ptr = swa_indices_ptr + token * swa_indices_stride
     extra_row_ptr = extra_indices_ptr + token * extra_indices_stride
@@ -367,21 +423,29 @@ def sparse_mla_kernel(
             tile + 2, swa_tiles, swa_len, extra_len, swa_row_ptr, extra_row_ptr, table_row_ptr,
             table_width, EXTRA_BLOCK, HAS_EXTRA, HAS_TABLE, BLOCK_N,
         )  # fmt: skip
-        # Scaled before the sum, which Triton would make one chain of MMAs again.
-        s = tl.dot(k_low, tl.trans(q_low)) * scale_log2
-        s += tl.dot(k_high, tl.trans(q_high)) * scale_log2
-        s = tl.where(valid[:, None], s, MASKED)
-        new_max = tl.maximum(running_max, tl.max(s, 0))
-        rescale = tl.exp2(running_max - new_max)
-        # Before P is staged, so that the two share their shared memory.
-        acc_low = acc_low * rescale[:, None]
-        acc_high = acc_high * rescale[:, None]
-        p = tl.exp2(s - tl.maximum(new_max, MASKED / 2)[None, :])  # 0 where s is MASKED
-        running_sum = running_sum * rescale + tl.sum(p, 0)
-        p = tl.trans(p).to(DOT_DTYPE)
-        acc_low = tl.dot(p, k_low, acc_low)
-        acc_high = tl.dot(p, k_high, acc_high)
-        running_max = new_max
+        running_max, running_sum, acc_low, acc_high = _attend(
+            k_low, k_high, valid, q_low, q_high, scale_log2,
+            running_max, running_sum, acc_low, acc_high, DOT_DTYPE,
+        )  # fmt: skip
+
+    if UNPACKED:
+        request = tl.load(request_ids_ptr + token)
+        rows = tl.minimum(tl.load(unpacked_lens_ptr + request), unpacked_width)
+        request_ptr = extra_ptr + request.to(tl.int64) * extra_page_stride
+        position = _load_positions(0, extra_row_ptr, extra_len, BLOCK_N)
+        for first in tl.range(0, extra_len, BLOCK_N, num_stages=STAGES):
+            valid = (position >= 0) & (position < rows)
+            row = tl.where(valid, position, 0).to(tl.int64)
+            # Loaded a tile ahead here, or Triton would stage it in shared memory, of which two
+            # programs of 32 heads leave none over.
+            position = _load_positions(first + BLOCK_N, extra_row_ptr, extra_len, BLOCK_N)
+            k_ptrs = request_ptr + row[:, None] * HEAD_DIM + d[None, :]
+            k_low = tl.load(k_ptrs).to(DOT_DTYPE)
+            k_high = tl.load(k_ptrs + HALF_DIM).to(DOT_DTYPE)
+            running_max, running_sum, acc_low, acc_high = _attend(
+                k_low, k_high, valid, q_low, q_high, scale_log2,
+                running_max, running_sum, acc_low, acc_high, DOT_DTYPE,
+            )  # fmt: skip
 
     # The LSE of a result before its row, that of a part after it: the other way round either spills
     # with 32 heads in Triton 3.7 or 3.8.
@@ -410,6 +474,60 @@ def sparse_mla_kernel(
         lse = _lse(running_max, running_sum)
         lse_row_ptr = lse_ptr + token * lse_stride_t + split.to(tl.int64) * lse_stride_s
         tl.store(lse_row_ptr + h, lse, mask=head_mask)
+
+
+@triton.jit(
+    do_not_specialize=["table_stride", "table_width", "unpacked_width"],
+    do_not_specialize_on_alignment=["table_ptr", "unpacked_lens_ptr"],
+)
+def unpack_rows_kernel(
+    cache_ptr,
+    table_ptr,
+    unpacked_lens_ptr,
+    unpacked_ptr,
+    page_stride,
+    table_stride,
+    table_width,
+    unpacked_width,
+    unpacked_stride,
+    BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    """BLOCK_N rows of one request, of packed pages, in bf16 and by position.
+
+    Rows past the request's length are not written, but those of its first BLOCK_N, which are zero:
+    the attention reads row 0 for candidates that it leaves out.
+    """
+    request = tl.program_id(1)
+    first = tl.program_id(0) * BLOCK_N
+    rows = tl.minimum(tl.load(unpacked_lens_ptr + request), unpacked_width)
+    if (first < rows) | (first == 0):
+        position = first + tl.arange(0, BLOCK_N)
+        page = position // BLOCK
+        held = (position < rows) & (page < table_width)
+        page = tl.load(
+            table_ptr + request.to(tl.int64) * table_stride + tl.where(held, page, 0),
+            mask=held,
+            other=-1,
+        )
+        slot = tl.where(page < 0, -1, page * BLOCK + position % BLOCK)
+        low, low_scale, high, high_scale, rope = _load_rows(
+            0, 0, slot, cache_ptr, cache_ptr, page_stride, page_stride, BLOCK, BLOCK, False
+        )
+        # The value of a masked scale is 1, and of a masked word 0.
+        k_low = _dequantise(low, low_scale, rope, False, BLOCK_N, NATIVE)
+        k_high = _dequantise(high, high_scale, rope, True, BLOCK_N, NATIVE)
+        d = tl.arange(0, HALF_DIM)
+        out_ptrs = (
+            unpacked_ptr
+            + request.to(tl.int64) * unpacked_stride
+            + position[:, None].to(tl.int64) * HEAD_DIM
+            + d[None, :]
+        )
+        written = (position < unpacked_width)[:, None]
+        tl.store(out_ptrs, k_low.to(tl.bfloat16), mask=written)
+        tl.store(out_ptrs + HALF_DIM, k_high.to(tl.bfloat16), mask=written)
 
 
 @triton.jit(do_not_specialize=["num_heads", "num_splits"])

@@ -57,15 +57,20 @@ def sparse_mla_reference(
     extra_lens: torch.Tensor | None = None,
     extra_block_table: torch.Tensor | None = None,
     request_ids: torch.Tensor | None = None,
+    unpacked: torch.Tensor | None = None,
+    unpacked_lens: torch.Tensor | None = None,
     sink: torch.Tensor | None = None,
     softmax_scale: float,
     out: torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """`sparse_mla` in fp32: same arguments, `out` fp32 unless one is given."""
+    """`sparse_mla` in fp32: same arguments, `out` fp32 unless one is given; `unpacked` is left."""
     rows, valid = _gather(swa_cache, swa_indices, swa_lens)
     if extra_cache is not None and extra_indices is not None:
-        slots = extra_indices
+        slots = extra_indices.flatten(1)
+        if unpacked is not None and unpacked_lens is not None and request_ids is not None:
+            held = unpacked_lens.clamp_max(unpacked.shape[1])[request_ids.long()]
+            slots = torch.where(slots < held[:, None], slots, -1)
         if extra_block_table is not None and request_ids is not None:
             slots = _to_slots(slots, extra_block_table, request_ids, extra_cache.shape[1])
         extra_rows, extra_valid = _gather(extra_cache, slots, extra_lens)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inputs, shapes and tolerance of sparse_mla."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ class SparseMlaShape:
         context: of a prefill: the tokens are the last of one request of so many, and see what a
             layer of ratio 4 lets them see, the window up to themselves and `extra` of the
             compressed rows before them. 0: candidates are anywhere in the caches.
+        unpack: the extra rows are unpacked first; needs a table or a context.
     """
 
     tokens: int
@@ -44,6 +46,7 @@ class SparseMlaShape:
     padded: bool = True
     rows: int = 4096
     context: int = 0
+    unpack: bool = False
 
     @property
     def candidates(self) -> int:
@@ -121,7 +124,8 @@ def sparse_mla_inputs(
         held = shape.context // COMPRESSION if shape.context else shape.rows
         inputs["extra_cache"] = cache(shape.extra_block, held)
     if shape.context:
-        return inputs | _causal_candidates(shape, inputs, gen)
+        inputs |= _causal_candidates(shape, inputs, gen)
+        return inputs | (_unpacked(shape, inputs) if shape.unpack else {})
     if shape.extra:
         inputs["extra_indices"] = indices(shape.extra)
         inputs["extra_lens"] = lengths(shape.extra)
@@ -131,7 +135,18 @@ def sparse_mla_inputs(
         order = [torch.randperm(pages, generator=gen, device=device) for _ in range(requests)]
         inputs["extra_block_table"] = torch.stack(order).to(torch.int32)
         inputs["request_ids"] = randint(0, requests, (shape.tokens,))
-    return inputs
+    return inputs | (_unpacked(shape, inputs) if shape.unpack else {})
+
+
+def _unpacked(shape: SparseMlaShape, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Room for the rows, NaN, of which a random table's requests have unequal numbers."""
+    table = inputs["extra_block_table"]
+    rows = shape.context // COMPRESSION if shape.context else shape.rows
+    unpacked = torch.full(
+        (len(table), max(1, rows), HEAD_DIM), math.nan, dtype=torch.bfloat16, device=table.device
+    )
+    lens = torch.tensor([rows - place * rows // 4 for place in range(len(table))])
+    return {"unpacked": unpacked, "unpacked_lens": lens.int().to(table.device)}
 
 
 def _causal_candidates(
@@ -189,6 +204,14 @@ SPARSE_MLA = OpSpec(
         SparseMlaShape(0, heads=64, swa=16, extra=16, rows=16),
         SparseMlaShape(9, heads=4, swa=6, extra=3, swa_block=4, extra_block=2, context=9),
         SparseMlaShape(5, heads=4, swa=6, extra=3, swa_block=4, extra_block=2, context=31),
+        SparseMlaShape(
+            5, heads=4, swa=6, extra=3, swa_block=4, extra_block=2, context=7, unpack=True
+        ),
+        SparseMlaShape(9, heads=36, swa=6, extra=19, swa_block=4, context=190, unpack=True),
+        SparseMlaShape(
+            4, heads=5, swa=7, extra=9, table=True, extra_block=2, rows=33, holes=0.2, unpack=True
+        ),
+        SparseMlaShape(7, heads=17, extra=21, table=True, rows=70, lens="ragged", unpack=True),
     ),
     full=(
         SparseMlaShape(1),
@@ -203,6 +226,9 @@ SPARSE_MLA = OpSpec(
         SparseMlaShape(300, heads=128, extra=512),
         SparseMlaShape(1031, heads=64, extra=512, lens="ragged", swa_block=256),
         SparseMlaShape(700, context=3000),
+        SparseMlaShape(700, context=3000, unpack=True),
+        SparseMlaShape(301, heads=127, table=True, lens="ragged", holes=0.1, unpack=True),
+        SparseMlaShape(300, heads=16, extra=128, extra_block=2, table=True, rows=128, unpack=True),
     ),
     bench=(
         *(
@@ -212,7 +238,10 @@ SPARSE_MLA = OpSpec(
             for tokens in (1, 16, 64, 256, 512)
         ),
         SparseMlaShape(512, heads=128, extra=1664, rows=65536),
-        SparseMlaShape(4096, context=4096),
-        SparseMlaShape(4096, context=32768),
+        *(
+            SparseMlaShape(4096, context=context, unpack=unpack)
+            for context in (4096, 32768)
+            for unpack in (False, True)
+        ),
     ),
 )

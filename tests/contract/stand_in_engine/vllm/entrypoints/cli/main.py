@@ -34,7 +34,9 @@ counters = {
     "vllm:num_requests_running": 0.0,
     "vllm:num_requests_waiting": 0.0,
 }
+CHUNK = 32
 profiled_batch = 0
+prefilled = 0  # tokens, since the profiler started
 
 
 def count(name: str, by: float) -> None:
@@ -47,13 +49,23 @@ def option(name: str) -> str:
     return sys.argv[last + 1]
 
 
+def steps() -> list[str]:
+    """Four of those that decode, or the chunks of a prompt."""
+    if profiled_batch:
+        waiting = 1 if FAULT == "mixed_profile" else 0
+        return [f"execute_context_{waiting}(0)_generation_{profiled_batch}({profiled_batch})"] * 4
+    lost = CHUNK if FAULT == "cut_profile" else 0
+    return ["execute_context_1(32)_generation_0(0)"] * ((prefilled - lost) // CHUNK)
+
+
 def trace() -> dict:
-    """A step of the engine, four times, as torch's profiler writes it."""
-    waiting = 1 if FAULT == "mixed_profile" else 0
-    step = f"execute_context_{waiting}(0)_generation_{profiled_batch}({profiled_batch})"
+    """Steps of the engine, as torch's profiler writes them; after a prefill, one that is empty."""
     kernels = {"sparse_mla_kernel": 30.0, "nvjet_sm90_tst": 50.0, "sparse_mla_merge_kernel": 5.0}
     events: list[dict] = [{"ph": "M", "name": "process_name"}]
-    for _ in range(4):
+    if not profiled_batch:
+        empty = "execute_context_0(0)_generation_0(0)"
+        events.append({"ph": "X", "cat": "user_annotation", "name": empty, "dur": 30.0})
+    for step in steps():
         events.append({"ph": "X", "cat": "user_annotation", "name": step, "dur": 3000.0})
         events.append({"ph": "X", "cat": "gpu_user_annotation", "name": step, "dur": 90.0})
         events.append({"ph": "X", "cat": "cpu_op", "name": "aten::mm", "dur": 70.0})
@@ -90,15 +102,17 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def do_POST(self) -> None:
-        global profiled_batch
+        global profiled_batch, prefilled
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if self.path == "/start_profile":
             profiled_batch = int(counters["vllm:num_requests_running"])
+            prefilled = 0
             self.answer(200, "")
         elif self.path == "/stop_profile":
             config = json.loads(option("--profiler-config"))
             folder = Path(config["torch_profiler_dir"])
-            with gzip.open(folder / "rank0.pt.trace.json.gz", "wt") as file:
+            name = f"rank0.{time.time_ns()}.pt.trace.json.gz"
+            with gzip.open(folder / name, "wt") as file:
                 json.dump(trace(), file)
             self.answer(200, "")
         else:
@@ -109,6 +123,7 @@ class Handler(BaseHTTPRequestHandler):
                 count("num_requests_running", -1)
 
     def complete(self, prompt: tuple[int, ...], tokens: int) -> None:
+        global prefilled
         if FAULT == "http_500" and len(prompt) == 96:
             self.answer(500, "the engine is on fire")
             return
@@ -117,6 +132,7 @@ class Handler(BaseHTTPRequestHandler):
         with lock:
             new = prompt not in cached
             cached.add(prompt)
+            prefilled += len(prompt) if new else 0
         prefill = len(prompt) * PREFILL_SECONDS if new else 0.0
         if not new or FAULT == "cached":
             count("prefix_cache_hits_total", len(prompt))
