@@ -32,7 +32,9 @@ SAMPLING_KINDS = (
 )  # fmt: skip
 # 1, a multiple of 16, and others; and from 8 on vLLM's top-k and top-p take another kernel.
 REQUESTS = (1, 2, 3, 5, 8, 16, 17, 32, 33)
-TOKENS = (1, 2, 3, 4, 5, 8, 15, 16, 17, 32, 33, 48, 63, 64, 65, 128, 129, 256, 257, 512, 1000, 1024)
+TOKENS = (
+    1, 2, 3, 4, 5, 8, 15, 16, 17, 32, 33, 48, 63, 64, 65, 128, 129, 256, 257, 512, 513, 1000, 1024,
+)  # fmt: skip
 # What a short prompt has, and none of the sizes above.
 SHORT = 13
 # Numbers of blocks to zero that Triton tells apart.
@@ -79,7 +81,9 @@ def batches(
     # One request more joins a decode step, of which each has at least two tokens of prompt.
     room = min(max_num_seqs, max_num_batched_tokens // max(query_len, 2))
     found: list[Batch] = []
-    for tokens in sorted({*TOKENS, *prefill_tokens, max_num_batched_tokens}):
+    # Of the largest tile of vLLM's MoE kernel both kinds too.
+    most = {max_num_batched_tokens - 1, max_num_batched_tokens}
+    for tokens in sorted({*TOKENS, *prefill_tokens, *most} - {0}):
         if tokens <= longest:
             found.append(Batch((tokens,)))
         elif tokens <= max_num_batched_tokens:
