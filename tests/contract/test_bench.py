@@ -257,7 +257,12 @@ SHAPES = {
         SparseMlaShape(3, heads=64, swa=17, extra=21, rows=70),
         SparseMlaShape(1, heads=64, swa=16, extra=0, rows=64),
         SparseMlaShape(21, heads=64, swa=16, extra=4, swa_block=8, extra_block=4, context=21),
-        SparseMlaShape(5, heads=64, swa=16, extra=4, swa_block=8, extra_block=4, context=83),
+        *(
+            SparseMlaShape(
+                5, heads=64, swa=16, extra=4, swa_block=8, extra_block=4, context=83, unpack=unpack
+            )
+            for unpack in (False, True)
+        ),
     ],
     "paged_mqa_logits": [PagedMqaLogitsShape(2, 192), PagedMqaLogitsShape(5, 130, next_n=3)],
     "mqa_logits": [MqaLogitsShape(6, 140, ranges="full")],
@@ -330,6 +335,30 @@ def test_a_prefill_is_raced_with_what_vllm_does_before_flash_mla(where):
     late = race.judge({"ours": 170.0, "flash_mla": 100.0}, case, RATES)
     assert (late["floors"], late["missed"]) == ({"ratio": 1.6}, ["1.70 x FlashMLA, not 1.6"])
     assert race.judge({"ours": 159.0, "flash_mla": 100.0}, case, RATES)["missed"] == []
+
+
+def test_a_prefill_is_raced_with_packed_rows_and_with_rows_that_are_unpacked(where):
+    packed, unpacked = cases("sparse_mla", where)[3:]
+    assert packed.shape == "T 5, 64 heads, 16+4 of a context of 83, packed rows"
+    assert unpacked.shape == "T 5, 64 heads, 16+4 of a context of 83, rows unpacked once"
+    assert packed.series != unpacked.series
+    assert unpacked.slowest == packed.slowest == {"flash_mla": 1.6}
+    assert (unpacked.bytes, unpacked.flops) == (packed.bytes, packed.flops)
+    assert set(unpacked.peers) == set(packed.peers) == EXPECTED["sparse_mla"]
+    for case, rooms in ((packed, 0), (unpacked, 2)):
+        calls = [call.keywords for call in case.ours]
+        assert len({call["unpacked"].data_ptr() for call in calls if "unpacked" in call}) == rooms
+    # Written by our calls, which are timed with that.
+    assert unpacked.ours[0].keywords["unpacked"].isnan().all()
+    unpacked.ours[0]()
+    assert not unpacked.ours[0].keywords["unpacked"].isnan().any()
+
+
+def test_batch_invariant_calls_never_unpack(where):
+    for case in cases("sparse_mla", where):
+        for call in case.invariant():
+            assert call.keywords["policy"].batch_invariant
+            assert not {"unpacked", "unpacked_lens"} & call.keywords.keys()
 
 
 def test_a_prefills_tokens_see_what_lies_before_them():

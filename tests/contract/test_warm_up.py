@@ -188,6 +188,19 @@ from vllm_sm12x.integration import compile_watch, startup, warm_up
 from vllm_sm12x.vllm_api import warm_up as steps
 launched = []
 stock = gpu_worker.Worker.compile_or_warm_up_model
+prefill_metadata = []
+
+class Recorded:
+    def __getitem__(self, grid):
+        def launch(*args, BLOCK_SIZE):
+            outputs, seq_lens, starts, prefills, decodes, window = args
+            assert len(outputs) >= prefills and len(seq_lens) >= prefills + decodes + 1
+            prefill_metadata.append([prefills, decodes, BLOCK_SIZE])
+        return launch
+
+has_kernel = hasattr(steps.sparse_swa, "_compute_prefill_metadata_kernel")
+if has_kernel:
+    steps.sparse_swa._compute_prefill_metadata_kernel = Recorded()
 
 def stock_step(self):
     happened.append(["stock", runner.cudagraph_dispatcher.keys_initialized])
@@ -307,7 +320,7 @@ failed = failure_of(warmed, "1")
 answer({
     "first": first, "order": order, "again": again, "transferring": transferring, "other": other,
     "failed": failed, "launched": len(launched), "requests": len(runner.states.requests),
-    "gdn": gdn, "hybrids": hybrids,
+    "gdn": gdn, "hybrids": hybrids, "prefill_metadata": prefill_metadata, "has_kernel": has_kernel,
     "sizes": sizes, "capturing": capturing, "row": [row.state.value, row.detail],
     "graphs": runner.cudagraph_dispatcher.keys_initialized, "most": max(runner.steps),
     "registered": [[step.__qualname__ for step in steps]
@@ -329,6 +342,20 @@ class TestOnVllm:
         steps, times = ran.answer["first"]
         assert steps > 100 and times == "times"
         assert ran.answer["requests"] == 0 and ran.answer["most"] == 8
+
+    def test_any_numbers_of_prefills_and_decodes_are_compiled(self, ran):
+        if not ran.answer["has_kernel"]:
+            pytest.skip("this vLLM's kernel is not specialised on them")
+
+        def variant(prefills, decodes, block):
+            # As Triton specialises integers: 1, multiples of 16, and others.
+            kinds = [(number == 1, number % 16 == 0) for number in (prefills, decodes)]
+            return (*kinds, block)
+
+        warmed = {variant(*launch) for launch in ran.answer["prefill_metadata"]}
+        for prefills in range(1, 8 + 1):  # SEQS
+            for decodes in range(8 + 1 - prefills):
+                assert variant(prefills, decodes, 1 << (prefills - 1).bit_length()) in warmed
 
     def test_torch_compile_has_seen_every_change_of_the_batch(self, ran):
         # What corrects the counts of tokens, by the requests of a step and those of the last one.

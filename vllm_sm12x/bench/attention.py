@@ -28,7 +28,9 @@ FLASHINFER_HEADS = (8, 16, 32, 64, 128)
 FLASHINFER_WORKSPACE = 128 << 20  # what vLLM gives it
 ORACLE_TOKENS = 512  # the oracle holds [tokens, candidates, 512] in fp32
 PER_TOKEN = ("q", "swa_indices", "swa_lens", "extra_indices", "extra_lens", "request_ids")
-# How many times FlashMLA's time a prefill may take, its gather included.
+UNPACKING = ("unpacked", "unpacked_lens")
+# How many times FlashMLA's time a prefill may take, its gather and our
+# unpacking included.
 PREFILL_RATIO = 1.6
 GATHERED = "FlashMLA's and ROCm's with vLLM's gather into bf16 and its lists of places"
 # Attends with rows bf16 [rows, 1, 512], indices int32 [T, width] among them, and lens int32 [T].
@@ -53,6 +55,7 @@ def sparse_mla_cases(
         candidates = f"{shape.swa}+{shape.extra}" if shape.extra else str(shape.swa)
         if shape.context:
             candidates += f" of a context of {shape.context}"
+            candidates += ", rows unpacked once" if shape.unpack else ", packed rows"
         yield Case(
             op=SPARSE_MLA.name,
             shape=f"T {shape.tokens}, {shape.heads} heads, {candidates}",
@@ -67,7 +70,9 @@ def sparse_mla_cases(
             bytes=shape.bytes,
             flops=shape.flops,
             invariant=partial(
-                calls_of, partial(_ours, policy=LaunchPolicy(batch_invariant=True)), sets
+                calls_of,
+                partial(_ours, policy=LaunchPolicy(batch_invariant=True)),
+                [packed_only(inputs) for inputs in sets],
             ),
             slowest={"flash_mla": PREFILL_RATIO} if shape.context else {},
             note=GATHERED if shape.context and {"flash_mla", "rocm"} & builds.keys() else "",
@@ -102,6 +107,14 @@ def attention_error(inputs: dict[str, Any], out: torch.Tensor) -> float:
     some = spread_rows(len(out), ORACLE_TOKENS, out.device)
     per_token = {name: inputs[name][some] for name in PER_TOKEN if name in inputs}
     return oracle_error(SPARSE_MLA, {**inputs, **per_token}, out[some])
+
+
+def packed_only(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same call on packed rows, as batch-invariant mode makes it.
+
+    How many tokens there are decides whether others unpack, and with it a token's bits.
+    """
+    return {name: value for name, value in inputs.items() if name not in UNPACKING}
 
 
 def _ours(inputs: dict[str, Any], policy: LaunchPolicy | None = None) -> Call:

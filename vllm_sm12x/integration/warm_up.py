@@ -150,6 +150,8 @@ def warm_up(worker: Any) -> None:
         start = time.perf_counter()
         if ours and providers.on_sm12x_path():
             _launch_long_contexts(config, worker.device)
+        if ours:
+            steps.launch_prefill_metadata(config, worker.device)
         engine = steps.Engine(worker, RESERVE)
         shown = track(
             plan,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from vllm import SamplingParams
 from vllm.distributed.parallel_state import get_pp_group, is_global_first_rank
+from vllm.v1.attention.backends.mla import sparse_swa
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.request import Request
@@ -80,6 +81,36 @@ def without_graphs(worker: Any) -> Iterator[None]:
     finally:
         for dispatcher in ready:
             dispatcher.keys_initialized = True
+
+
+def launch_prefill_metadata(vllm_config: Any, device: torch.device) -> None:
+    """vLLM's kernel for the prefills of a batch, for all numbers that Triton tells apart in it.
+
+    Those are the numbers of prefills and of decodes together, of which batches reach too many.
+    """
+    # until: vllm>=0.32, whose kernel is not specialised on them.
+    kernel = getattr(sparse_swa, "_compute_prefill_metadata_kernel", None)
+    if kernel is None:
+        return
+    window = vllm_config.model_config.hf_text_config.sliding_window
+    # Powers of two are the kernel's block; from 16 on Triton knows that they are multiples of 16.
+    blocks = [
+        1 << exponent
+        for exponent in range(vllm_config.scheduler_config.max_num_seqs.bit_length() + 1)
+    ]
+    numbers = torch.zeros(16 + blocks[-1] + 1, dtype=torch.int32, device=device)
+    for block in blocks:
+        for prefills in (block, block - 1) if block >= 16 else (block,):
+            for decodes in (1, 2, 16):
+                kernel[(1,)](
+                    torch.empty_like(numbers),
+                    numbers,
+                    numbers,
+                    prefills,
+                    decodes,
+                    window,
+                    BLOCK_SIZE=block,
+                )
 
 
 class Engine:
@@ -250,6 +281,7 @@ __all__ = [
     "Engine",
     "finish",
     "is_global_first_rank",
+    "launch_prefill_metadata",
     "obstacle",
     "state_block",
     "without_graphs",
