@@ -153,7 +153,8 @@ KNOBS: tuple[Knob, ...] = (
         allowed="an integer from 1 on",
         parse=_integer(1),
         help="Prefill is launched in whole multiples of this many query tokens, as many as fill "
-        "the GPU. Nothing is gathered, so there is no workspace to bound.",
+        "the GPU. The memory for unpacked rows (at most 256 MiB, which vLLM's layers share) does "
+        "not depend on it.",
     ),
     Knob(
         name="VLLM_TRITON_MLA_SPARSE_HEAD_BLOCK_SIZE",

@@ -74,6 +74,8 @@ class TestBatches:
             sizes = {len(batch.prompts) for batch in decodes if batch.sampling == kind}
             assert {1, 3, 8, 16} <= sizes
         assert any(batch.first_chunk for batch in found)
+        joining = {batch.joining % 16 for batch in decodes if len(batch.prompts) % 4}
+        assert 0 in joining and len(joining) > 1
 
 
 RUN = """

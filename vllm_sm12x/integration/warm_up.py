@@ -37,6 +37,7 @@ TOKENS = (
 )  # fmt: skip
 # What a short prompt has, and none of the sizes above.
 SHORT = 13
+EVEN = 32
 # Numbers of blocks to zero that Triton tells apart.
 BLOCKS_TO_ZERO = (1, 2, 16)
 # Tokens past its prompt that a request has room for: a step's, with up to 15 drafts, and one more.
@@ -105,6 +106,9 @@ def batches(
         if requests < max_num_seqs and joining > query_len:
             for count in sorted({0, draft_tokens}):
                 found.append(Batch(prompts, drafts=(count,) * requests, joining=joining))
+    # A prompt of a multiple of 16 tokens whose place among the lengths is not one of 16 bytes.
+    if max_num_seqs > 1 and max_num_batched_tokens - query_len >= EVEN:
+        found.append(Batch((SHORT,), drafts=(draft_tokens,), joining=EVEN))
     chunk = min(64, longest // 2)
     if chunk > 1:
         found += [Batch((2 * chunk + odd,), first_chunk=chunk) for odd in (-1, 0)]
