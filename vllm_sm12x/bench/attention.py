@@ -29,8 +29,7 @@ FLASHINFER_WORKSPACE = 128 << 20  # what vLLM gives it
 ORACLE_TOKENS = 512  # the oracle holds [tokens, candidates, 512] in fp32
 PER_TOKEN = ("q", "swa_indices", "swa_lens", "extra_indices", "extra_lens", "request_ids")
 UNPACKING = ("unpacked", "unpacked_lens")
-# How many times FlashMLA's time a prefill may take, its gather and our
-# unpacking included.
+# How many times FlashMLA's time a prefill may take, its gather and our unpacking included.
 PREFILL_RATIO = 1.6
 GATHERED = "FlashMLA's and ROCm's with vLLM's gather into bf16 and its lists of places"
 # Attends with rows bf16 [rows, 1, 512], indices int32 [T, width] among them, and lens int32 [T].

@@ -190,7 +190,7 @@ class TritonMlaSparseAttention(BreakableAttention):
         if self.on_sm12x_path and self.indexer is not None:
             _take_over_selection(self.indexer, vllm_config)
         self.policy = launch_policy()
-        # Its sums have another order than those of packed rows in splits.
+        # Batch-invariant plans have splits, and sums in another order.
         self.unpacked_capacity = (
             0
             if self.policy.batch_invariant or self.compress_ratio <= 1

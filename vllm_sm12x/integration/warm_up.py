@@ -37,6 +37,7 @@ TOKENS = (
 )  # fmt: skip
 # What a short prompt has, and none of the sizes above.
 SHORT = 13
+# A multiple of 16, for a prompt that joins.
 EVEN = 32
 # Numbers of blocks to zero that Triton tells apart.
 BLOCKS_TO_ZERO = (1, 2, 16)

@@ -124,7 +124,7 @@ def sparse_mla(
         policy = policy or LaunchPolicy()
         if unpacked is not None:
             plan = choose_unpacked(heads, sms=sms, policy=policy)
-            _unpack(unpacked, extra_cache, extra_block_table, unpacked_lens)
+            _unpack(extra_cache, extra_block_table, unpacked_lens, unpacked)
         else:
             candidates = swa_indices.shape[1]
             if extra_indices is not None:
@@ -265,7 +265,7 @@ def _launch(
             )
 
 
-def _unpack(unpacked: torch.Tensor, cache: Any, table: Any, lens: Any) -> None:
+def _unpack(cache: Any, table: Any, lens: Any, unpacked: torch.Tensor) -> None:
     requests, width, _ = unpacked.shape
     with on_device(unpacked.device):
         unpack_rows_kernel[(triton.cdiv(width, UNPACK_BLOCK), requests)](
