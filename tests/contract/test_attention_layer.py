@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The attention layer on vLLM's own metadata, against dense attention over unpaged rows."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -175,6 +176,13 @@ def test_rows_are_unpacked_where_it_pays_and_there_is_room(layer_module, monkeyp
     none = unpacked_rows.PrefillRows(0, torch.tensor([0, 0], dtype=torch.int32))
     assert unpacked_rows.room(none, **many) is None
     assert unpacked_rows.capacity(1_048_576) == 2**18 and unpacked_rows.capacity(8192) == 4096
+
+
+def test_vllm_gives_its_builders_the_lengths_that_ours_reads(layer_module):
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    names = {field.name for field in dataclasses.fields(CommonAttentionMetadata)}
+    assert {"max_seq_len", "seq_lens_cpu_upper_bound"} <= names
 
 
 def test_the_builder_limits_each_token_to_the_rows_that_it_sees(layer_module, monkeypatch):
