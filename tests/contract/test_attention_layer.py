@@ -206,6 +206,9 @@ def test_the_builder_limits_each_token_to_the_rows_that_it_sees(layer_module, mo
     monkeypatch.setattr(base, "build", lambda self, common_prefix_len, common: stock)
     builder = layer_module.WindowMetadataBuilder.__new__(layer_module.WindowMetadataBuilder)
     builder.candidate_limits = {ratio: torch.full((64,), GARBAGE).int() for ratio in (4, 128)}
+    # Where vLLM's builder gives prefills no slots of their window, ours does, by vLLM's kernel.
+    monkeypatch.setattr(layer_module, "window_slots", lambda *arguments: None)
+    builder.window_size, builder.window_indices, builder.window_lens = WINDOW, valid, valid
     upper_bound = torch.tensor([6, 2000, 131], dtype=torch.int32)
     common = SimpleNamespace(max_seq_len=1029, seq_lens_cpu_upper_bound=upper_bound)
     metadata = builder.build(0, common)

@@ -113,6 +113,12 @@ def caches_are_planned_apart():
     return kv_cache.PLANS_APART
 
 
+def prefill_metadata_takes_any_numbers():
+    from vllm.v1.attention.backends.mla import sparse_swa
+
+    return not hasattr(sparse_swa, "_compute_prefill_metadata_kernel")
+
+
 # What a release has that makes the branch superfluous, by module and release of its comment.
 PROBES = {
     ("compilation", "0.32"): [there_is_no_sequence_parallelism_pass],
@@ -128,6 +134,7 @@ PROBES = {
     ("kv_cache", "0.33"): [caches_are_planned_apart],
     ("sparse_mla", "0.24"): [builder_gives_prefill_slots],
     ("sparse_mla", "0.33"): [layers_break_graphs_switched_on_later],
+    ("warm_up", "0.32"): [prefill_metadata_takes_any_numbers],
 }
 
 
