@@ -112,3 +112,5 @@ def test_times_and_memory_are_read_out_of_the_log():
         "warm_up_seconds": 12.5,
     }  # fmt: skip
     assert readiness.startup_facts("") == {}
+    measured = "Graph capturing finished in 29 secs, took 0.26 GiB\n"
+    assert readiness.startup_facts(measured + text)["graphs_gib"] == 1.83
