@@ -148,7 +148,9 @@ def test_a_server_that_ignores_sigterm_is_killed(stand_in, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_demo_leaves_no_server(stand_in, number):
     command, port = stand_in("deaf")
+    # A shell ignores SIGINT for what it runs in the background, tests too, and children inherit it.
     snippet = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from rich.console import Console; from vllm_sm12x.demo import serving\n"
         f"serving.serve_and_ask({command!r}, {port}, console=Console())"
     )
