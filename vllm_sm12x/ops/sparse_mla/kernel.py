@@ -433,12 +433,12 @@ def sparse_mla_kernel(
         rows = tl.minimum(tl.load(unpacked_lens_ptr + request), unpacked_width)
         request_ptr = extra_ptr + request.to(tl.int64) * extra_page_stride
         position = _load_positions(0, extra_row_ptr, extra_len, BLOCK_N)
-        for first in tl.range(0, extra_len, BLOCK_N, num_stages=STAGES):
+        for start in tl.range(0, extra_len, BLOCK_N, num_stages=STAGES):
             valid = (position >= 0) & (position < rows)
             row = tl.where(valid, position, 0).to(tl.int64)
             # Loaded a tile ahead here, or Triton would stage it in shared memory, of which two
             # programs of 32 heads leave none over.
-            position = _load_positions(first + BLOCK_N, extra_row_ptr, extra_len, BLOCK_N)
+            position = _load_positions(start + BLOCK_N, extra_row_ptr, extra_len, BLOCK_N)
             k_ptrs = request_ptr + row[:, None] * HEAD_DIM + d[None, :]
             k_low = tl.load(k_ptrs).to(DOT_DTYPE)
             k_high = tl.load(k_ptrs + HALF_DIM).to(DOT_DTYPE)
