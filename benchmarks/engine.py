@@ -83,8 +83,13 @@ VERSIONS = ("cuda", "torch", "triton", "vllm")
 
 
 def checkpoint_identity(model: Path) -> str:
-    """A hash of its config.json and of the names and sizes of its weights."""
-    digest = hashlib.sha256((model / "config.json").read_bytes())
+    """A hash of its JSON files and of the names and sizes of its weights.
+
+    A tiny checkpoint's seed, and whether its drafts hit, are in a JSON file of their own.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(model.glob("*.json")):
+        digest.update(file.read_bytes())
     for file in sorted(model.glob("*.safetensors")):
         digest.update(f"{file.name} {file.stat().st_size}\n".encode())
     return digest.hexdigest()[:16]

@@ -127,6 +127,14 @@ def tiny_checkpoint(
         TinyModelName, typer.Option(help="deepseek-v4: 1.44 GB. qwen3-next (GDN): 0.93 GB.")
     ] = TinyModelName.DEEPSEEK_V4,
     seed: Annotated[int, typer.Option(min=0, help="The seed of the random weights.")] = 0,
+    successors: Annotated[
+        bool,
+        typer.Option(
+            "--successors",
+            help="Every token has a likely successor that the MTP layer knows: most drafts are "
+            "accepted. deepseek-v4 only.",
+        ),
+    ] = False,
 ) -> None:
     """Write a small checkpoint with random weights in a model's released format."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
@@ -140,8 +148,10 @@ def tiny_checkpoint(
             bar.update(task, completed=done, total=total, description=label)
 
         try:
-            written = write_tiny_checkpoint(MODELS[model.value], path, seed=seed, progress=show)
-        except OSError as error:
+            written = write_tiny_checkpoint(
+                MODELS[model.value], path, seed=seed, successors=successors, progress=show
+            )
+        except (OSError, ValueError) as error:
             bar.stop()
             typer.echo(error, err=True)
             raise typer.Exit(1) from None

@@ -439,3 +439,47 @@ def test_without_cudagraph_nothing_is_captured_or_compiled(every_knob):
 
 def test_deep_gemms_own_variable_follows(every_knob):
     assert every_knob.answer["deep_gemm"] == "0"
+
+
+def test_the_first_request_finds_the_logits_processors_loaded(host):
+    """As vLLM checks a request: entry points are read before, and one that is broken stays so."""
+    ran = host("""
+import importlib.metadata as metadata
+from types import SimpleNamespace
+from unittest import mock
+from vllm import SamplingParams
+from vllm.v1.sample import logits_processor
+
+read = []
+entry_points = metadata.entry_points
+
+def broken():
+    raise ImportError("a broken plugin")
+
+def counted(**asked):
+    if asked.get("group") == logits_processor.LOGITSPROCS_GROUP:
+        read.append(asked["group"])
+        return plugins
+    return entry_points(**asked)
+
+def check(config):
+    try:
+        logits_processor.validate_logits_processors_parameters(
+            config.model_config.logits_processors, SamplingParams()
+        )
+    except RuntimeError as error:
+        return str(error)
+
+found = []
+with mock.patch.object(metadata, "entry_points", counted):
+    for plugins in ([], [SimpleNamespace(name="bad", value="bad", load=broken)]):
+        logits_processor.cached_load_custom_logitsprocs.cache_clear()
+        read.clear()
+        config = served_config(MODEL)
+        ready = len(read)
+        found.append([ready, check(config), len(read)])
+answer(found)
+""").answer
+    (ready, problem, asked), (_, broken, _) = ran
+    assert ready == asked >= 1 and problem is None
+    assert "Failed to load LogitsProcessor plugin" in broken

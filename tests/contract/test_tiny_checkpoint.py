@@ -18,10 +18,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
+from typer.testing import CliRunner
 
+from vllm_sm12x import cli
 from vllm_sm12x.preflight.checkpoint import read
 from vllm_sm12x.preflight.weights import by_stage
-from vllm_sm12x.tiny_checkpoint import deepseek_v4, write_tiny_deepseek_v4
+from vllm_sm12x.tiny_checkpoint import deepseek_v4, write_tiny_checkpoint, write_tiny_deepseek_v4
 from vllm_sm12x.tiny_checkpoint.tensors import Tensor
 
 # sha256 of some tensors of seed 0. They may change only together with the checkpoint's format
@@ -34,6 +36,9 @@ PINNED = {
     "layers.3.ffn.experts.7.w2.weight": "817274affb409613",
     "layers.4.attn.indexer.compressor.ape": "83b379876e745767",
     "mtp.0.hc_attn_base": "31edb26134c1019b",
+    "mtp.0.e_proj.weight": "2a6dc230e62882b2",
+    "mtp.0.e_proj.scale": "b5ce2c4e06916877",
+    "head.weight": "cc1e4bd8073687cd",
 }
 
 # DeepSeek-V4-Flash's published config.json, less what the tiny model may change.
@@ -426,10 +431,17 @@ def expert(weights: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
     return (torch.nn.functional.silu(gate) * up) @ weights.linear(f"{name}.w2").T
 
 
-def hash_moe(weights: Weights, name: str, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def moe(
+    weights: Weights, name: str, x: torch.Tensor, ids: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Experts by hash of `ids`, or without these by the router's scores."""
     router = x @ weights[f"{name}.gate.weight"].float().T
-    chosen = weights[f"{name}.gate.tid2eid"][ids]
-    score = torch.nn.functional.softplus(router).sqrt().gather(1, chosen)
+    score = torch.nn.functional.softplus(router).sqrt()
+    if ids is None:
+        chosen = (score + weights[f"{name}.gate.bias"]).topk(6, dim=1).indices
+    else:
+        chosen = weights[f"{name}.gate.tid2eid"][ids]
+    score = score.gather(1, chosen)
     score = 1.5 * score / score.sum(1, keepdim=True)
     out = expert(weights, f"{name}.shared_experts", x)
     for number in range(EXPERTS):
@@ -439,27 +451,32 @@ def hash_moe(weights: Weights, name: str, x: torch.Tensor, ids: torch.Tensor) ->
     return out
 
 
-@torch.inference_mode()
-def swa_layers(weights: Weights, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Layers 0 and 1 in fp32, with vLLM's own reference of the hyper-connections."""
+def swa_layer(
+    weights: Weights, layer: str, streams: torch.Tensor, ids: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
+    """One layer in fp32, with vLLM's own reference of the hyper-connections."""
     from vllm.model_executor.kernels.mhc.torch import mhc_post_torch, mhc_pre_torch
 
     seen = {}
-    streams = weights["embed.weight"][ids][:, None].repeat(1, 4, 1)
-    for layer in (0, 1):
-        for part in ("attn", "ffn"):
-            name = f"layers.{layer}.{part}"
-            hc = [weights[f"layers.{layer}.hc_{part}_{kind}"] for kind in ("fn", "scale", "base")]
-            post, mix, x = mhc_pre_torch(streams, *hc, 1e-6, 1e-6, 1e-6, 2.0, 20)
-            x = rms_norm(x.float(), weights[f"layers.{layer}.{part}_norm.weight"])
-            if part == "attn":
-                out = swa_attention(weights, name, x)
-            else:
-                out = hash_moe(weights, name, x, ids)
-            streams = mhc_post_torch(out, streams, post, mix)
-            seen[name] = out
-            seen[f"{name}.mix"] = mix
-    return {**seen, "streams": streams.float()}
+    for part in ("attn", "ffn"):
+        name = f"{layer}.{part}"
+        hc = [weights[f"{layer}.hc_{part}_{kind}"] for kind in ("fn", "scale", "base")]
+        post, mix, x = mhc_pre_torch(streams, *hc, 1e-6, 1e-6, 1e-6, 2.0, 20)
+        x = rms_norm(x.float(), weights[f"{layer}.{part}_norm.weight"])
+        out = swa_attention(weights, name, x) if part == "attn" else moe(weights, name, x, ids)
+        streams = mhc_post_torch(out, streams, post, mix)
+        seen[name] = out
+        seen[f"{name}.mix"] = mix
+    return {**seen, "streams": streams}
+
+
+@torch.inference_mode()
+def swa_layers(weights: Weights, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Layers 0 and 1."""
+    seen = {"streams": weights["embed.weight"][ids][:, None].repeat(1, 4, 1)}
+    for layer in ("layers.0", "layers.1"):
+        seen |= swa_layer(weights, layer, seen["streams"], ids)
+    return seen | {"streams": seen["streams"].float()}
 
 
 def test_activations_stay_sane_and_depend_on_the_context(weights: Weights):
@@ -480,6 +497,115 @@ def test_activations_stay_sane_and_depend_on_the_context(weights: Weights):
     assert torch.cosine_similarity(streams[:, 0], streams[:, 1], dim=-1).max() < 0.999
     last, last_changed = streams[-1], changed["streams"][-1]
     assert rms(last - last_changed) > 0.1 * rms(last)
+
+
+# Successors
+
+CHANGED_BY_SUCCESSORS = ("head.weight", "mtp.0.e_proj.weight", "mtp.0.e_proj.scale")
+
+
+@pytest.fixture(scope="module")
+def changed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Weights]:
+    """What the option changes, as written."""
+    tensors = deepseek_v4.tensors_with_successors()
+    few = [tensor for tensor in tensors if tensor.name in CHANGED_BY_SUCCESSORS]
+    model = replace(deepseek_v4.MODEL, tensors_with_successors=lambda: few)
+    folder = tmp_path_factory.mktemp("successors") / "tiny"
+    write_tiny_checkpoint(model, folder, successors=True)
+    yield Weights(folder)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def successor() -> torch.Tensor:
+    """The successor of each id, -1 where there is none."""
+    order = deepseek_v4.successors.order(0, VOCAB, deepseek_v4.TOKENS.special_ids(VOCAB))
+    found = torch.full((VOCAB,), -1)
+    found[torch.from_numpy(order)] = torch.from_numpy(np.roll(order, -1))
+    return found
+
+
+def test_ordinary_tokens_are_one_cycle(successor: torch.Tensor):
+    special = deepseek_v4.TOKENS.special_ids(VOCAB)
+    assert set((successor < 0).nonzero().flatten().tolist()) == special
+    token, seen = 5, set()
+    while token not in seen:
+        seen.add(token)
+        token = int(successor[token])
+    assert token == 5 and seen == set(range(VOCAB)) - special
+
+
+def test_successors_change_only_what_they_need():
+    plain, drafting = deepseek_v4.tensors(), deepseek_v4.tensors_with_successors()
+    facts = [[(one.name, one.dtype, one.shape) for one in each] for each in (plain, drafting)]
+    assert facts[0] == facts[1]
+    parts = ("mtp", "hc_head", "norm", "head", "embed")
+    differ = {
+        one.name
+        for one, other in zip(plain, drafting, strict=True)
+        if one.name.startswith(parts) and ".experts." not in one.name
+        if not np.array_equal(one.draw(0), other.draw(0))
+    }
+    assert differ == set(CHANGED_BY_SUCCESSORS)
+
+
+def test_a_successor_row_has_its_predecessor_embedding(
+    weights: Weights, changed: Weights, successor: torch.Tensor
+):
+    added = changed["head.weight"].float() - weights["head.weight"].float()
+    embedding = weights["embed.weight"].float()
+    token = (successor >= 0).nonzero().flatten()
+    factor = 10 / (HIDDEN * 0.41)
+    error = added[successor[token]] - factor * embedding[token]
+    # Rounding to bf16, twice.
+    assert error.square().mean(1).max().sqrt() < 0.02 * factor
+    assert not changed["head.weight"][successor < 0].any()
+
+
+def test_e_proj_has_identities_on_its_diagonal(weights: Weights, changed: Weights):
+    plain = weights.linear("mtp.0.e_proj").view(32, 128, 32, 128)
+    drafting = changed.linear("mtp.0.e_proj").view(32, 128, 32, 128)
+    for row in range(32):
+        for column in range(32):
+            expected = torch.eye(128) if row == column else plain[row, :, column]
+            assert torch.equal(drafting[row, :, column], expected)
+
+
+@torch.inference_mode()
+def test_the_head_names_the_successor_of_most_tokens(
+    weights: Weights, changed: Weights, successor: torch.Tensor
+):
+    """A final hidden state is a third embedding, and the rest depends on the context."""
+    token = (successor >= 0).nonzero().flatten()[:512]
+    context = torch.randn(512, HIDDEN, generator=torch.Generator().manual_seed(0))
+    hidden = 0.41 * weights["embed.weight"][token].float() + (1 - 0.41**2) ** 0.5 * context
+    logits = hidden @ changed["head.weight"].float().T
+    assert 0.7 < (logits.argmax(1) == successor[token]).float().mean() < 0.95
+    probability = logits.softmax(1).gather(1, successor[token, None])
+    assert 0.25 < probability.mean() < 0.5
+    assert probability.std() > 0.2
+    chance = hidden @ weights["head.weight"].float().T
+    assert (chance.argmax(1) == successor[token]).float().mean() < 0.01
+
+
+@torch.inference_mode()
+def test_the_mtp_layer_names_the_successor_of_its_input(
+    weights: Weights, changed: Weights, successor: torch.Tensor
+):
+    """The whole layer, whatever the hidden states of the model are."""
+    ordinary = (successor >= 0).nonzero().flatten()
+    generator = torch.Generator().manual_seed(0)
+    token = ordinary[torch.randint(len(ordinary), (48,), generator=generator)]
+    h = rms_norm(torch.randn(48, 4, HIDDEN, generator=generator), weights["mtp.0.hnorm.weight"])
+    e = rms_norm(weights["embed.weight"][token].float(), weights["mtp.0.enorm.weight"])
+    x = h @ weights.linear("mtp.0.h_proj").T + (e @ changed.linear("mtp.0.e_proj").T)[:, None]
+    streams = swa_layer(weights, "mtp.0", x.bfloat16())["streams"].float()
+    gates = rms_norm(streams.flatten(1)) @ weights["mtp.0.hc_head_fn"].T
+    gates = gates * weights["mtp.0.hc_head_scale"] + weights["mtp.0.hc_head_base"]
+    hidden = (gates.sigmoid()[:, :, None] * streams).sum(1)
+    hidden = rms_norm(hidden, weights["mtp.0.norm.weight"])
+    draft = (hidden @ changed["head.weight"].float().T).argmax(1)
+    assert (draft == successor[token]).float().mean() > 0.9
 
 
 # Writing
@@ -559,6 +685,36 @@ def test_a_damaged_or_different_checkpoint_is_written_again(tmp_path: Path):
     write_tiny_deepseek_v4(path, seed=1)
     assert contents(path)[shard.name] != good[shard.name]
     assert [file.name for file in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.usefixtures("small")
+def test_a_checkpoint_without_successors_is_replaced_by_one_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    other = [all_tensors()[name] for name in reversed(SMALL)]
+    model = replace(deepseek_v4.MODEL, tensors_with_successors=lambda: other)
+    monkeypatch.setattr(deepseek_v4, "MODEL", model)
+    path = write_tiny_deepseek_v4(tmp_path / "a")
+    plain = contents(path)
+    write_tiny_deepseek_v4(path, successors=True)
+    marker = "vllm_sm12x_tiny_checkpoint.json"
+    drafting = contents(path)
+    assert json.loads(drafting[marker])["successors"] and b"successors" not in plain[marker]
+    assert drafting["config.json"] == plain["config.json"]
+    before = {file: file.stat().st_mtime_ns for file in path.iterdir()}
+    write_tiny_deepseek_v4(path, successors=True)
+    assert {file: file.stat().st_mtime_ns for file in path.iterdir()} == before
+    write_tiny_deepseek_v4(path)
+    assert contents(path) == plain
+
+
+def test_successors_of_another_model_are_refused_before_writing(tmp_path: Path):
+    path = tmp_path / "a"
+    arguments = ["tiny-checkpoint", str(path), "--model", "qwen3-next", "--successors"]
+    refused = CliRunner().invoke(cli.app, arguments)
+    assert refused.exit_code == 1
+    assert "successors are only for deepseek-v4, got the tiny model qwen3-next" in refused.output
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.usefixtures("small")

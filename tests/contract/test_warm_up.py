@@ -328,7 +328,7 @@ answer({
     "registered": [[step.__qualname__ for step in steps]
                    for steps in (startup.before_capture, startup.ready)],
     "undone": None if changes.undo_all() else capture("FULL")[0],
-    "left": len(startup.before_capture + startup.ready + startup.graphs_decided),
+    "left": len(startup.before_capture + startup.ready + startup.config_complete),
 })
 """
 

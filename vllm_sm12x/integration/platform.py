@@ -86,7 +86,7 @@ class Sm12xPlatform(CudaPlatform):  # type: ignore[valid-type, misc]
         """Choose the worker, then let vLLM check. Raises ValueError."""
         _choose_worker(vllm_config)
         super().check_and_update_config(vllm_config)
-        for step in startup.graphs_decided:
+        for step in startup.config_complete:
             step(vllm_config)
 
 

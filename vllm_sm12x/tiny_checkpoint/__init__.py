@@ -30,31 +30,48 @@ MODELS = {model.name: model for model in (deepseek_v4.MODEL, qwen3_next.MODEL)}
 Progress = Callable[[int, int, str], None]
 
 
-def write_tiny_deepseek_v4(path: Path, *, seed: int = 0, progress: Progress | None = None) -> Path:
+def write_tiny_deepseek_v4(
+    path: Path, *, seed: int = 0, successors: bool = False, progress: Progress | None = None
+) -> Path:
     """`write_tiny_checkpoint` of the DeepSeek V4 (1.44 GB)."""
-    return write_tiny_checkpoint(deepseek_v4.MODEL, path, seed=seed, progress=progress)
+    return write_tiny_checkpoint(
+        deepseek_v4.MODEL, path, seed=seed, successors=successors, progress=progress
+    )
 
 
 def write_tiny_checkpoint(
-    model: TinyModel, path: Path, *, seed: int = 0, progress: Progress | None = None
+    model: TinyModel,
+    path: Path,
+    *,
+    seed: int = 0,
+    successors: bool = False,
+    progress: Progress | None = None,
 ) -> Path:
     """Write the checkpoint to the directory `path`; return its resolved path.
 
     The same seed gives the same bytes. The directory appears under its name only when it is
     complete. A directory that already holds this checkpoint is returned as it is; one that holds
-    a tiny checkpoint of another model, seed or format is replaced.
+    a tiny checkpoint of another model, seed or format, or differs in `successors`, is replaced.
+
+    With `successors`, every ordinary token has a likely successor, which the MTP layer knows as
+    well: most of its drafts are accepted, where random weights accept none.
 
     `progress(done, total, label)` is called with bytes and the name of the tensor just written.
 
-    Raises ValueError for a negative seed, FileExistsError if `path` is a file or holds anything
-    else, OSError if the disk is too full; nothing is written then.
+    Raises ValueError for a negative seed and for `successors` of a model that has none,
+    FileExistsError if `path` is a file or holds anything else, OSError if the disk is too full;
+    nothing is written then.
     """
     if seed < 0:
         raise ValueError(f"the seed of a tiny checkpoint must be 0 or more, got {seed}")
+    all_tensors = model.tensors_with_successors if successors else model.tensors
+    if all_tensors is None:
+        able = ", ".join(each.name for each in MODELS.values() if each.tensors_with_successors)
+        raise ValueError(f"successors are only for {able}, got the tiny model {model.name}")
     path = Path(path).expanduser().resolve()
-    tensors = model.tensors()
+    tensors = all_tensors()
     total = sum(tensor.nbytes for tensor in tensors)
-    if _is_complete(path, model.name, seed):
+    if _is_complete(path, model.name, seed, successors):
         if progress:
             progress(total, total, "already written")
         return path
@@ -81,6 +98,8 @@ def write_tiny_checkpoint(
         write_shards(partial, tensors, seed, wrote)
         files = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
         marker = {"model": model.name, "format": _FORMAT, "seed": seed, "files": files}
+        if successors:
+            marker["successors"] = True
         _write_json(partial / _MARKER, marker)
         _move_into_place(partial, path)
     finally:
@@ -88,12 +107,14 @@ def write_tiny_checkpoint(
     return path
 
 
-def _is_complete(path: Path, model: str, seed: int) -> bool:
+def _is_complete(path: Path, model: str, seed: int, successors: bool) -> bool:
     marker = _read_marker(path)
     if marker is None or (marker["format"], marker["seed"]) != (_FORMAT, seed):
         return False
     # Markers named no model while there was one.
     if marker.get("model", deepseek_v4.MODEL.name) != model:
+        return False
+    if marker.get("successors", False) != successors:
         return False
     return all(
         (path / name).is_file() and (path / name).stat().st_size == size
@@ -104,7 +125,7 @@ def _is_complete(path: Path, model: str, seed: int) -> bool:
 def _read_marker(path: Path) -> dict[str, Any] | None:
     """What an earlier run left in `path`, or None.
 
-    {"model", "format", "seed", "files": {name: bytes}}
+    {"model", "format", "seed", "files": {name: bytes}}, and "successors": true where it has them.
     """
     try:
         return json.loads((path / _MARKER).read_text(encoding="utf-8"))

@@ -21,6 +21,18 @@ Scales, for a hidden state of RMS 1:
 - Router logits have standard deviation 2; the correction bias, about 8 as in the release, is spread
   by 0.25, so using it for weights and not only for selection shows.
 - Logits have standard deviation 2. The residual stream's RMS grows from 1 to about 3 in 6 layers.
+
+With successors, for drafts that are accepted:
+- The final hidden state keeps a cosine of 0.40 with its token's embedding after 160 tokens, 0.42
+  after 2,048 (0.36 with seed 1). Along that, the successor's row of the LM head gets a logit of 10,
+  where the best of the others has 7.8: the successor is the likeliest of all for 83 to 88 % of the
+  tokens (64 % with seed 1), with a probability of 0.3 to 0.4 in the mean and from 0.06 to 0.6 for
+  half of them, so that the context still shows.
+- e_proj's blocks on the diagonal are identities: what the MTP layer hands to the LM head has a
+  cosine of 0.49 with the embedding of its input, and names that one's successor for 97 %. Nothing
+  else of the layer changes, and the draft after a draft is as good.
+- These are of 256 tokens that mostly follow each other, after random ones, computed on a CPU in
+  fp32 with bf16 residual streams.
 """
 
 from collections.abc import Iterator
@@ -30,13 +42,16 @@ from typing import Any
 
 import numpy as np
 
-from vllm_sm12x.tiny_checkpoint import draws
+from vllm_sm12x.tiny_checkpoint import draws, successors
 from vllm_sm12x.tiny_checkpoint.model import TinyModel
 from vllm_sm12x.tiny_checkpoint.tensors import Tensor, head, linear, normal
 from vllm_sm12x.tiny_checkpoint.tokenizer import SpecialTokens
 
 _FP8_BLOCK = 128
 _FP4_BLOCK = 32
+
+_SUCCESSOR_LOGIT = 10.0
+_COSINE_WITH_EMBEDDING = 0.41
 
 CONFIG: dict[str, Any] = {
     "architectures": ["DeepseekV4ForCausalLM"],
@@ -165,6 +180,19 @@ def tensors() -> list[Tensor]:
     return found
 
 
+def tensors_with_successors() -> list[Tensor]:
+    """`tensors()` with another LM head and other e_proj of the MTP layers, for drafts that hit."""
+    found = {tensor.name: tensor for tensor in tensors()}
+    hidden, special_ids = CONFIG["hidden_size"], TOKENS.special_ids(CONFIG["vocab_size"])
+    # Both the hidden state and the embedding have an RMS of 1.
+    factor = _SUCCESSOR_LOGIT / (hidden * _COSINE_WITH_EMBEDDING)
+    changed = [successors.head(found["head.weight"], found["embed.weight"], special_ids, factor)]
+    for mtp in range(CONFIG["num_nextn_predict_layers"]):
+        weight, scale = (found[f"mtp.{mtp}.e_proj.{part}"] for part in ("weight", "scale"))
+        changed += successors.identity_blocks(weight, scale)
+    return list((found | {tensor.name: tensor for tensor in changed}).values())
+
+
 def _block(name: str, ratio: int, hashed: bool) -> Iterator[Tensor]:
     hidden = CONFIG["hidden_size"]
     yield from _attention(f"{name}.attn", ratio)
@@ -275,4 +303,6 @@ def _fp4_linear(name: str, rows: int, columns: int) -> tuple[Tensor, Tensor]:
     )
 
 
-MODEL = TinyModel("deepseek-v4", CONFIG, GENERATION_CONFIG, TOKENS, tensors)
+MODEL = TinyModel(
+    "deepseek-v4", CONFIG, GENERATION_CONFIG, TOKENS, tensors, tensors_with_successors
+)

@@ -64,10 +64,21 @@ def distinct_experts(seed: int, name: str, rows: int, experts: int, top_k: int) 
     return np.argsort(keys, axis=1, kind="stable")[:, :top_k].astype("<i8")
 
 
+def permutation(seed: int, name: str, count: int) -> np.ndarray:
+    """int64 [count]: 0 to count - 1 in random order."""
+    keys = raw_bytes(seed, name, 8 * count).view("<u8")
+    return np.argsort(keys, kind="stable")
+
+
 def bf16_codes(values: np.ndarray) -> np.ndarray:
     """Round float32 to bfloat16, ties to even; returns the codes as uint16."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
+
+
+def bf16_values(codes: np.ndarray) -> np.ndarray:
+    """float32 of bfloat16 codes (uint16)."""
+    return (codes.astype(np.uint32) << 16).view(np.float32)
 
 
 @cache

@@ -17,6 +17,8 @@ class TinyModel:
         name: what `vllm-sm12x tiny-checkpoint --model` calls it.
         config, generation_config: the contents of the files of these names.
         tensors: all tensors of the checkpoint, in the order of the release.
+        tensors_with_successors: the same with those replaced by which most drafts are accepted;
+            None where the model has no such weights.
     """
 
     name: str
@@ -24,3 +26,4 @@ class TinyModel:
     generation_config: dict[str, Any]
     tokens: SpecialTokens
     tensors: Callable[[], list[Tensor]]
+    tensors_with_successors: Callable[[], list[Tensor]] | None = None
