@@ -95,10 +95,35 @@ def checkpoint_identity(model: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def random_prompts(count: int, context: int, tokens: range) -> list[list[int]]:
-    """Token ids. Prompts of different contexts share no beginning."""
-    rng = np.random.default_rng(context)
+def random_prompts(count: int, context: int, tokens: range, draw: int = 0) -> list[list[int]]:
+    """Token ids. Prompts of different contexts, or of another draw, share no beginning."""
+    rng = np.random.default_rng((context, draw))
     return rng.integers(tokens.start, tokens.stop, (count, context)).tolist()
+
+
+def server_args(
+    contexts: list[int],
+    batches: list[int],
+    *,
+    mtp: int,
+    cudagraph_mode: str | None = None,
+    enforce_eager: bool = False,
+) -> list[str]:
+    """Options of `vllm serve` for these points, in ascending order."""
+    args = [
+        *("--max-model-len", str(contexts[-1] + LONGEST_ANSWER)),
+        *("--max-num-seqs", str(batches[-1])),
+        *("--max-num-batched-tokens", str(MAX_NUM_BATCHED_TOKENS)),
+        *("--stream-interval", str(STREAM_INTERVAL)),
+    ]
+    if enforce_eager:
+        args.append("--enforce-eager")
+    if cudagraph_mode:
+        args += ["--compilation-config", json.dumps({"cudagraph_mode": cudagraph_mode})]
+    if mtp:
+        speculative = {"method": "mtp", "num_speculative_tokens": mtp}
+        args += ["--speculative-config", json.dumps(speculative)]
+    return args
 
 
 def distinct_prompts(batch: int, context: int, own_tokens: int) -> int:
@@ -662,19 +687,9 @@ def run(
     if variables.get("VLLM_SM12X_ASSUME"):  # which the server sees, and this process does not
         machine["label"] = "proxy"
     console.print(machine_line(machine), highlight=False)
-    args = [
-        *("--max-model-len", str(lengths[-1] + LONGEST_ANSWER)),
-        *("--max-num-seqs", str(sizes[-1])),
-        *("--max-num-batched-tokens", str(MAX_NUM_BATCHED_TOKENS)),
-        *("--stream-interval", str(STREAM_INTERVAL)),
-    ]
-    if enforce_eager:
-        args.append("--enforce-eager")
-    if cudagraph_mode:
-        args += ["--compilation-config", json.dumps({"cudagraph_mode": cudagraph_mode})]
-    if mtp:
-        speculative = {"method": "mtp", "num_speculative_tokens": mtp}
-        args += ["--speculative-config", json.dumps(speculative)]
+    args = server_args(
+        lengths, sizes, mtp=mtp, cudagraph_mode=cudagraph_mode, enforce_eager=enforce_eager
+    )
     args += vllm_args or []
     mode = "eager" if enforce_eager else cudagraph_mode or "graphs"
     answer = whole_intervals(output_len)
