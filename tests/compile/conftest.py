@@ -78,7 +78,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
     if not table:
         return
     terminalreporter.section(
-        f"compiled for SM12x by Triton {triton.__version__}: the largest of each kernel's variants"
+        f"compiled by Triton {triton.__version__}: the largest of each kernel's variants"
     )
     row = "{:<26}{:>12}{:>8}{:>10}{:>11}{:>10}{:>8}".format
     header = ("kernel", "tile", "arch", "variants", "registers", "shared B", "stack B")

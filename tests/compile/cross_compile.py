@@ -20,7 +20,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 SMS = 188  # an RTX PRO 6000's
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Case:
     """One call of an op whose launches are compiled; a subclass adds the axes of its op.
 
     Attributes:
-        arch: 120 or 121.
+        arch: 120 or 121, or 90 for what is of Hopper's only.
     """
 
     arch: int
@@ -52,6 +52,7 @@ class Compiled:
         loads: bits of one thread's global load -> how many such instructions, from the PTX.
         copies: the same of asynchronous copies to shared memory.
         mma: tensor-core instructions by name, from the PTX.
+        serialised: what the assembler says of wgmma that it cannot leave in flight.
     """
 
     kernel: str
@@ -62,6 +63,7 @@ class Compiled:
     loads: dict[int, int]
     copies: dict[int, int]
     mma: dict[str, int]
+    serialised: tuple[str, ...]
 
 
 class _AbsentGpu:
@@ -121,7 +123,17 @@ def _inspect(name: str, kernel) -> Compiled:
         loads,
         copies,
         mma,
+        _serialised(ptx) if "wgmma" in ptx else (),
     )
+
+
+def _serialised(ptx: str) -> tuple[str, ...]:
+    # Assembled again: Triton drops what the assembler says where it succeeds.
+    run = subprocess.run(
+        [TOOLS / "ptxas", "-v", "--gpu-name=sm_90a", "-", "-o", "/dev/null"],
+        input=ptx, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return tuple(re.findall(r"\(C75\d\d\).*", run.stdout + run.stderr))
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
@@ -129,7 +141,7 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
         dump = subprocess.run(
-            [CUOBJDUMP, "-res-usage", file], capture_output=True, text=True, check=True
+            [TOOLS / "cuobjdump", "-res-usage", file], capture_output=True, text=True, check=True
         )
     usage = re.search(r"REG:\d+.*", dump.stdout + dump.stderr)
     assert usage, f"cuobjdump said nothing of registers:\n{dump.stdout}{dump.stderr}"

@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 from cross_compile import _AbsentGpu
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -21,6 +23,11 @@ from vllm_sm12x.integration.compile_watch import COMPILED, LOADED, TUNED, Compil
 def scale(x_ptr, factor, BLOCK: tl.constexpr):
     place = tl.arange(0, BLOCK)
     tl.store(x_ptr + place, tl.load(x_ptr + place) * factor)
+
+
+def scale_in_gluon(x_ptr, factor, BLOCK: gl.constexpr):
+    place = gl.arange(0, BLOCK, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    gl.store(x_ptr + place, gl.load(x_ptr + place) * factor)
 
 
 # The interpreter of Triton 3.6 puts back what a kernel's own module sees of the language, not what
@@ -44,16 +51,17 @@ def language(monkeypatch):
 
 @pytest.fixture
 def kernel(language, monkeypatch, tmp_path):
-    """A function that compiles `scale` as a launch does, for a GPU that is not there.
+    """A function that compiles `scale`, or another, as a launch does, for a GPU that is not there.
 
     Each call of it is a process that has compiled nothing yet; they share a disk cache.
     """
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(driver, "_active", _AbsentGpu(120))
 
-    def launch(*arguments, **options):
+    def launch(*arguments, function=None, **options):
         # By its class: the decorator gives an interpreted function where there is no GPU.
-        JITFunction(scale).run(*arguments, grid=(1,), warmup=True, **options)
+        function = function or JITFunction(scale)
+        function.run(*arguments, grid=(1,), warmup=True, **options)
 
     return launch
 
@@ -92,6 +100,15 @@ def test_says_once_what_was_new(kernel, watch, caplog):
     assert line.startswith("scale was compiled in ")
     assert line.endswith("x_ptr:*fp32/16 factor:i32/16 BLOCK=16")
     assert watch.counts == {COMPILED: 2}
+
+
+def test_a_gluon_kernel_is_seen(kernel, watch, caplog):
+    watch.arm()
+    with caplog.at_level(logging.INFO, "vllm.sm12x.integration.compile_watch"):
+        kernel(X, 3, BLOCK=128, function=GluonJITFunction(scale_in_gluon))
+    (line,) = caplog.messages
+    assert line.startswith("scale_in_gluon was compiled in ")
+    assert line.endswith("x_ptr:*fp32/16 factor:i32 BLOCK=128")
 
 
 def test_writes_every_event_down(kernel, watch, monkeypatch, tmp_path):

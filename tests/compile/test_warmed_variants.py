@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from vllm_sm12x.integration.launch_variants import Widths, representatives
+from vllm_sm12x.integration.launch_variants import Engine, Widths, representatives
 from vllm_sm12x.ops.sparse_mla.config import UNPACK_TOKENS, LaunchPolicy
 
 FLASH = Widths(
@@ -34,8 +34,11 @@ MOST = 8192
 BLOCK_TABLE = torch.empty(256, 37, dtype=torch.int32)
 
 
-def launches(widths, invariant, decodes, prefills, prefilling=1):
-    """Keys of everything that a batch with so many tokens of decodes and prefills launches."""
+def launches(widths, invariant, wgmma, decodes, prefills, prefilling=1):
+    """Keys of everything that a batch with so many tokens of decodes and prefills launches.
+
+    On a GPU with wgmma only the attention is ours.
+    """
     from vllm_sm12x.ops import fp8_einsum, hc_head, hc_post, hc_pre, hc_prenorm_gemm, launch
     from vllm_sm12x.ops import sparse_mla as attend
 
@@ -47,10 +50,11 @@ def launches(widths, invariant, decodes, prefills, prefilling=1):
         keys.add(f"{self.__name__} {specialisation} {options}")
 
     policy, mode = LaunchPolicy(batch_invariant=invariant), {"batch_invariant": invariant}
-    driver._active = _AbsentGpu(120)
+    driver._active = _AbsentGpu(90 if wgmma else 120)
     JITFunction.run = record
     # Some ops have imported the function, others its module.
     launch.multiprocessors = attend.__globals__["multiprocessors"] = lambda name, device: SMS
+    attend.__globals__["has_wgmma"] = lambda device: wgmma
 
     total = decodes + prefills
     e4m3, bf16, i32 = torch.float8_e4m3fn, torch.bfloat16, torch.int32
@@ -90,6 +94,8 @@ def launches(widths, invariant, decodes, prefills, prefilling=1):
         }
         for candidates in (top_k[rows], wide):
             attend(**common, extra_indices=candidates, **by_position)
+    if wgmma:
+        return frozenset(keys)
     depth = heads // widths.groups * 512
     fp8_einsum(
         torch.empty(total, widths.groups, depth, dtype=e4m3),
@@ -120,7 +126,7 @@ def launches(widths, invariant, decodes, prefills, prefilling=1):
 
 @pytest.fixture(scope="module")
 def record():
-    """`record(widths, invariant, decodes, prefills)`, where Triton is no interpreter."""
+    """`record(widths, invariant, wgmma, decodes, prefills)`, where Triton is no interpreter."""
     with pytest.MonkeyPatch.context() as environment:
         environment.delenv("TRITON_INTERPRET", raising=False)
         pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
@@ -134,22 +140,27 @@ def warmed(record):
     """What the batches of the warm-up launch, of which each is of prompts or of decodes."""
 
     @cache
-    def of(widths, invariant, query_len):
-        chosen = {"sms": SMS, "policy": LaunchPolicy(batch_invariant=invariant)}
+    def of(widths, invariant, wgmma, query_len):
+        policy = LaunchPolicy(batch_invariant=invariant)
+        engine = Engine(SMS, policy, wgmma=wgmma, attention_only=wgmma)
         keys = set()
-        for tokens in representatives(widths, range(1, MOST + 1), **chosen):
-            keys |= record(widths, invariant, 0, tokens)
+        for tokens in representatives(widths, range(1, MOST + 1), engine):
+            keys |= record(widths, invariant, wgmma, 0, tokens)
         decodes = range(query_len, 64 * query_len + 1, query_len)
-        for tokens in representatives(widths, decodes, **chosen):
-            keys |= record(widths, invariant, tokens, 0)
+        for tokens in representatives(widths, decodes, engine):
+            keys |= record(widths, invariant, wgmma, tokens, 0)
         return keys
 
     return of
 
 
 @pytest.mark.parametrize("invariant", [False, True], ids=["by size", "batch-invariant"])
-@pytest.mark.parametrize("widths", [FLASH, FLASH_TP4, FLASH_TP8], ids=["1", "TP 4", "TP 8"])
-def test_what_serving_launches_is_warmed(record, warmed, widths, invariant):
+@pytest.mark.parametrize(
+    "widths, wgmma",
+    [(FLASH, False), (FLASH_TP4, False), (FLASH_TP8, False), (FLASH, True)],
+    ids=["1", "TP 4", "TP 8", "Hopper"],
+)
+def test_what_serving_launches_is_warmed(record, warmed, widths, invariant, wgmma):
     @settings(max_examples=40)
     @given(st.integers(0, 64), st.sampled_from([1, 3]), st.integers(0, 4096), st.integers(1, 5))
     @example(1, 1, 0, 1)
@@ -158,7 +169,7 @@ def test_what_serving_launches_is_warmed(record, warmed, widths, invariant):
     @example(64, 3, 4096, 3)
     def check(requests, query_len, prompts, prefilling):
         if requests or prompts:
-            batch = record(widths, invariant, requests * query_len, prompts, prefilling)
-            assert batch <= warmed(widths, invariant, query_len)
+            batch = record(widths, invariant, wgmma, requests * query_len, prompts, prefilling)
+            assert batch <= warmed(widths, invariant, wgmma, query_len)
 
     check()

@@ -317,12 +317,22 @@ with mock.patch.object(warm_up.selection, "serves", lambda config: False):
     with mock.patch.object(config, "model_config", gdn_model):
         gdn = warmed()
 warm_up._done.clear()
+# Forced on a Hopper GPU, where of our ops only the attention is used.
+with mock.patch.object(warm_up.providers, "on_sm12x_path", lambda: False), \\
+     mock.patch.object(warm_up, "has_wgmma", lambda device: True), \\
+     mock.patch.object(warm_up, "multiprocessors", lambda name, device: 132):
+    forced = [sum(batch.prompts) for batch in warm_up._plan(worker, True, None)
+              if batch.drafts is None]
+hopper = warm_up.Engine(132, warm_up.launch_policy(), wgmma=True, attention_only=True)
+widths = warm_up.Widths.of(config)
+own = warm_up.representatives(widths, range(1, TOKENS + 1), hopper)
 runner.execute_model = lambda *_: 1 / 0
 failed = failure_of(warmed, "1")
 answer({
     "first": first, "order": order, "again": again, "transferring": transferring, "other": other,
     "failed": failed, "launched": len(launched), "requests": len(runner.states.requests),
     "gdn": gdn, "hybrids": hybrids, "prefill_metadata": prefill_metadata, "has_kernel": has_kernel,
+    "forced": [forced, own],
     "sizes": sizes, "capturing": capturing, "row": [row.state.value, row.detail],
     "graphs": runner.cudagraph_dispatcher.keys_initialized, "most": max(runner.steps),
     "registered": [[step.__qualname__ for step in steps]
@@ -409,6 +419,10 @@ class TestOnVllm:
     def test_other_models_only_when_asked(self, ran):
         (unasked, _), (asked, _) = ran.answer["other"]
         assert unasked == 0 and asked > 50
+
+    def test_the_attention_has_its_sizes_where_it_is_forced(self, ran):
+        forced, own = ran.answer["forced"]
+        assert len(own) > 1 and set(own) <= set(forced)
 
     def test_models_with_linear_attention_unasked(self, ran):
         steps, _ = ran.answer["gdn"]

@@ -14,6 +14,13 @@ from vllm_sm12x.ops.sparse_mla.reference import sparse_mla_reference
 from vllm_sm12x.ops.sparse_mla.spec import SPARSE_MLA, SparseMlaShape, sparse_mla_inputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# On a Hopper GPU more than 32 heads have a kernel of their own: in the invariant mode always, by
+# shape for many tokens, never with the tiles of SM12x.
+POLICIES = {
+    "by shape": None,
+    "invariant": LaunchPolicy(batch_invariant=True),
+    "SM12x tiles": LaunchPolicy(wgmma=False),
+}
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -43,9 +50,10 @@ def test_small_shapes(shape):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
 @pytest.mark.parametrize("shape", SPARSE_MLA.full, ids=str)
-def test_model_shapes(shape):
-    check(sparse_mla_inputs(shape, device=DEVICE))
+def test_model_shapes(shape, policy):
+    check(sparse_mla_inputs(shape, device=DEVICE), policy)
 
 
 @pytest.mark.parametrize("head_block", [1, 2, 4])
@@ -78,12 +86,13 @@ def test_launches_of_query_chunks_cover_every_token():
         rows=st.integers(1, 120),
     ),
     positions=st.sampled_from([{}, {"table": True}, {"table": True, "unpack": True}]),
+    policy=st.sampled_from([POLICIES["by shape"], POLICIES["invariant"]]),
     seed=st.integers(0, 1000),
 )
-def test_any_indices_lengths_and_pages(shape, positions, seed):
+def test_any_indices_lengths_and_pages(shape, positions, policy, seed):
     if shape.extra:
         shape = SparseMlaShape(**{**vars(shape), **positions})
-    check(sparse_mla_inputs(shape, device=DEVICE, seed=seed))
+    check(sparse_mla_inputs(shape, device=DEVICE, seed=seed), policy)
 
 
 def test_strided_query_output_and_indices():
@@ -220,16 +229,17 @@ def test_more_query_elements_than_int32_addresses():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
 @pytest.mark.parametrize("tokens", [1, 7, 64, 512])
-def test_cuda_graph_replay_with_changed_inputs(tokens):
+def test_cuda_graph_replay_with_changed_inputs(tokens, policy):
     shape = SparseMlaShape(tokens, lens="ragged", table=True)
     static = sparse_mla_inputs(shape, device=DEVICE, seed=1)
     out = torch.empty_like(static["q"])
-    sparse_mla(**static, out=out)
+    sparse_mla(**static, out=out, policy=policy)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        sparse_mla(**static, out=out)
+        sparse_mla(**static, out=out, policy=policy)
     for seed in (2, 3):
         fresh = sparse_mla_inputs(shape, device=DEVICE, seed=seed)
         for name, tensor in static.items():

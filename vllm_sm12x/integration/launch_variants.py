@@ -22,6 +22,8 @@ def launch_policy() -> sparse_mla.LaunchPolicy:
         topk_chunk=knobs.get("VLLM_TRITON_MLA_SPARSE_TOPK_CHUNK_SIZE"),
         query_chunk=knobs.get("VLLM_TRITON_MLA_SPARSE_QUERY_CHUNK_SIZE"),
         batch_invariant=batch_invariant(),
+        # An engine that is taken for SM12x runs what SM12x would run.
+        wgmma=knobs.get("VLLM_SM12X_ASSUME") is None,
     )
 
 
@@ -57,21 +59,41 @@ class Widths:
         )
 
 
-def variants(
-    widths: Widths, tokens: int, *, sms: int, policy: sparse_mla.LaunchPolicy
-) -> set[Hashable]:
+@dataclass(frozen=True)
+class Engine:
+    """What of an engine and its GPU the launch configurations depend on.
+
+    Attributes:
+        sms: multiprocessors.
+        wgmma: whether kernels of wgmma run.
+        attention_only: of our ops, only the attention is used: off the SM12x path.
+    """
+
+    sms: int
+    policy: sparse_mla.LaunchPolicy
+    wgmma: bool = False
+    attention_only: bool = False
+
+
+def variants(widths: Widths, tokens: int, engine: Engine) -> set[Hashable]:
     """Names of the compiled variants that a call with this many tokens launches."""
     found: set[Hashable] = set()
+    sms, policy = engine.sms, engine.policy
     invariant = policy.batch_invariant
     for candidates in widths.candidates:
-        attend = sparse_mla.choose(tokens, widths.heads, candidates, sms=sms, policy=policy)
+        attend = sparse_mla.choose(
+            tokens, widths.heads, candidates, sms=sms, policy=policy, wgmma=engine.wgmma
+        )
         splits = attend.num_splits
         # A stride of the partial results is splits * heads.
         merged = (_power_of_two(splits), splits * widths.heads % 16) if splits > 1 else None
-        found.add(("sparse_mla", attend.config, merged))
+        # Layers with lists of other widths launch it with other constants.
+        found.add(("sparse_mla", candidates, attend.config, merged))
     if tokens >= sparse_mla.UNPACK_TOKENS and not invariant:
         # Such a prefill unpacks its rows, or has too many and reads them as they are.
         found.add("sparse_mla, unpacked")
+    if engine.attention_only:
+        return found
     steps = widths.heads // widths.groups * HEAD_DIM // fp8_einsum.SCALE_BLOCK
     project = fp8_einsum.choose(
         tokens, widths.groups, widths.output_rank, steps, sms=sms, batch_invariant=invariant
@@ -88,14 +110,12 @@ def variants(
     return found
 
 
-def representatives(
-    widths: Widths, counts: Iterable[int], *, sms: int, policy: sparse_mla.LaunchPolicy
-) -> list[int]:
+def representatives(widths: Widths, counts: Iterable[int], engine: Engine) -> list[int]:
     """Of `counts`, ascending, those that are the first to launch some variant."""
     seen: set[Hashable] = set()
     chosen = []
     for tokens in sorted(set(counts)):
-        found = variants(widths, tokens, sms=sms, policy=policy)
+        found = variants(widths, tokens, engine)
         if not found <= seen:
             chosen.append(tokens)
             seen |= found

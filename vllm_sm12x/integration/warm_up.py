@@ -20,9 +20,14 @@ from rich.progress import track
 
 from vllm_sm12x import knobs
 from vllm_sm12x.integration import indexer, providers, selection, unpacked_rows
-from vllm_sm12x.integration.launch_variants import Widths, launch_policy, representatives
+from vllm_sm12x.integration.launch_variants import (
+    Engine,
+    Widths,
+    launch_policy,
+    representatives,
+)
 from vllm_sm12x.log import get_logger
-from vllm_sm12x.ops.launch import multiprocessors
+from vllm_sm12x.ops.launch import has_wgmma, multiprocessors
 from vllm_sm12x.ops.mqa_logits.config import FEW_KEYS_LIMIT
 from vllm_sm12x.ops.sparse_mla.config import UNPACK_TOKENS
 
@@ -187,12 +192,18 @@ def _plan(worker: Any, ours: bool, state_block: int | None) -> list[Batch]:
     scheduler, speculative = config.scheduler_config, config.speculative_config
     draft_tokens = speculative.num_speculative_tokens if speculative else 0
     own: dict[str, Any] = {}
-    if ours and providers.on_sm12x_path():
-        most, sms = scheduler.max_num_batched_tokens, multiprocessors("worker", worker.device)
+    if ours:
+        most = scheduler.max_num_batched_tokens
         widths, query_len = Widths.of(config), 1 + draft_tokens
+        engine = Engine(
+            multiprocessors("worker", worker.device),
+            launch_policy(),
+            wgmma=has_wgmma(worker.device),
+            attention_only=not providers.on_sm12x_path(),
+        )
 
         def of(counts: Iterable[int]) -> list[int]:
-            return representatives(widths, counts, sms=sms, policy=launch_policy())
+            return representatives(widths, counts, engine)
 
         decodes = range(query_len, scheduler.max_num_seqs * query_len + 1, query_len)
         own = {

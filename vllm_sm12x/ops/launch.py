@@ -26,6 +26,13 @@ def multiprocessors(name: str, device: torch.device) -> int:
     )
 
 
+def has_wgmma(device: torch.device) -> bool:
+    """Whether kernels of wgmma run on `device`: Hopper's, and compiled for it."""
+    if interpreted() or device.type != "cuda" or triton.knobs.runtime.override_arch:
+        return False
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, which has no inline assembly."""
     return bool(triton.knobs.runtime.interpret)

@@ -8,7 +8,13 @@ import triton
 import triton.language as tl
 
 from vllm_sm12x.ops.fp8_ds_mla import HEAD_DIM, check_packed_cache
-from vllm_sm12x.ops.launch import dot_dtype, interpreted, multiprocessors, on_device
+from vllm_sm12x.ops.launch import (
+    dot_dtype,
+    has_wgmma,
+    interpreted,
+    multiprocessors,
+    on_device,
+)
 from vllm_sm12x.ops.sparse_mla.config import (
     UNPACK_BLOCK,
     LaunchConfig,
@@ -16,6 +22,7 @@ from vllm_sm12x.ops.sparse_mla.config import (
     choose,
     choose_unpacked,
 )
+from vllm_sm12x.ops.sparse_mla.hopper import sparse_mla_hopper_kernel
 from vllm_sm12x.ops.sparse_mla.kernel import (
     sparse_mla_kernel,
     sparse_mla_merge_kernel,
@@ -115,7 +122,7 @@ def sparse_mla(
         sink=sink,
         out=out,
     )
-    sms = multiprocessors("q", q.device)
+    sms, wgmma = multiprocessors("q", q.device), has_wgmma(q.device)
 
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -123,13 +130,13 @@ def sparse_mla(
     if tokens:
         policy = policy or LaunchPolicy()
         if unpacked is not None:
-            plan = choose_unpacked(heads, sms=sms, policy=policy)
+            plan = choose_unpacked(heads, sms=sms, policy=policy, wgmma=wgmma)
             _unpack(extra_cache, extra_block_table, unpacked_lens, unpacked)
         else:
             candidates = swa_indices.shape[1]
             if extra_indices is not None:
                 candidates += extra_indices.shape[1]
-            plan = choose(tokens, heads, candidates, sms=sms, policy=policy)
+            plan = choose(tokens, heads, candidates, sms=sms, policy=policy, wgmma=wgmma)
         for start in range(0, tokens, plan.tokens_per_launch):
             rows = slice(start, start + plan.tokens_per_launch)
             _launch(
@@ -195,8 +202,18 @@ def _launch(
     lse_strides = (0, 0)
     if target_lse is not None:
         lse_strides = (target_lse.stride(0), target_lse.stride(1) if partial else 0)
+    kernel, options = sparse_mla_hopper_kernel, {}
+    if not config.wgmma:
+        kernel = sparse_mla_kernel
+        options = {
+            "BLOCK_H": config.block_h,
+            "BLOCK_N": config.block_n,
+            "STAGES": config.stages,
+            "DOT_DTYPE": dot_dtype(tl.bfloat16),
+            "NATIVE": not interpreted(),
+        }
     with on_device(q.device):
-        sparse_mla_kernel[(tokens * triton.cdiv(heads, config.block_h), num_splits)](
+        kernel[(tokens * triton.cdiv(heads, config.block_h), num_splits)](
             q,
             swa_cache,
             swa_indices,
@@ -236,11 +253,7 @@ def _launch(
             HAS_SINK=sink is not None,
             HAS_LSE=lse is not None,
             PARTIAL=partial,
-            BLOCK_H=config.block_h,
-            BLOCK_N=config.block_n,
-            STAGES=config.stages,
-            DOT_DTYPE=dot_dtype(tl.bfloat16),
-            NATIVE=not interpreted(),
+            **options,
             num_warps=config.num_warps,
             num_stages=1,
         )

@@ -13,12 +13,14 @@ class LaunchConfig:
 
     Attributes:
         stages: of the loop over unpacked rows; one less is the number of tiles in shared memory.
+        wgmma: of hopper.py's kernel, which has one tile and stages of its own.
     """
 
     block_h: int
     block_n: int
     num_warps: int
-    stages: int
+    stages: int = 1
+    wgmma: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,19 +40,21 @@ class LaunchPolicy:
     """What a caller may steer; the defaults are those of the VLLM_TRITON_MLA_SPARSE_* settings.
 
     Attributes:
-        head_block: head group of one program in units of a 16-head MMA tile (1, 2 or 4);
-            None: by shape.
+        head_block: head group of one program in units of a 16-head MMA tile (1, 2 or 4), of
+            kernel.py's tiles; None: by shape.
         topk_chunk: candidates of one query that all its splits together process at one time;
             bounds the number of splits and with it the fp32 partial workspace.
         query_chunk: a launch without splits covers whole multiples of this many query tokens.
         batch_invariant: the plan, and with it a token's bits, do not depend on how many tokens
             there are.
+        wgmma: whether hopper.py's kernel may be chosen, on a GPU that has wgmma.
     """
 
     head_block: int | None = None
     topk_chunk: int = 512
     query_chunk: int = 256
     batch_invariant: bool = False
+    wgmma: bool = True
 
 
 @dataclass(frozen=True)
@@ -72,14 +76,18 @@ CONFIGS = {
     # 82 KiB (98): one dequantisation for 64 heads.
     4: LaunchConfig(block_h=64, block_n=16, num_warps=8, stages=3),
 }
-# By key of CONFIGS: where each multiprocessor has one program, and where it has two at a time.
-# Fitted to an H200 that runs the code and has the shared memory of SM12x (benchmarks/README.md,
+# On a GPU with wgmma, for more heads than the tile of 32 has.
+HOPPER = LaunchConfig(block_h=64, block_n=64, num_warps=8, wgmma=True)
+# Where each multiprocessor has one program, and where it has two at a time. Those of CONFIGS are
+# fitted to an H200 that runs the code and has the shared memory of SM12x (benchmarks/README.md,
 # "As SM12x would run it"), 16 to 128 heads, 1 to 512 tokens, 128 to 1,152 candidates: the plan is
-# within 4 % of the best one measured.
+# within 4 % of the best one measured. That of HOPPER is fitted natively to an H100, 1 to 512 tokens,
+# 64 and 128 heads, 128 to 1,792 candidates: 0.5 % from the best in the mean, 13 % at most.
 PACES = {
-    1: (Pace(4.5, 1.2), Pace(4.8, 2.0)),
-    2: (Pace(4.9, 1.36), Pace(7.8, 2.06)),
-    4: (Pace(9.0, 1.87),),
+    CONFIGS[1]: (Pace(4.5, 1.2), Pace(4.8, 2.0)),
+    CONFIGS[2]: (Pace(4.9, 1.36), Pace(7.8, 2.06)),
+    CONFIGS[4]: (Pace(9.0, 1.87),),
+    HOPPER: (Pace(6.0, 3.1),),
 }
 # The merge kernel, and what of it each MB of partial results takes.
 MERGE_US = 2.5
@@ -104,21 +112,31 @@ UNPACK_BLOCK = 16
 
 @lru_cache(maxsize=4096)
 def choose(
-    tokens: int, heads: int, candidates: int, *, sms: int, policy: LaunchPolicy
+    tokens: int,
+    heads: int,
+    candidates: int,
+    *,
+    sms: int,
+    policy: LaunchPolicy,
+    wgmma: bool = False,
 ) -> LaunchPlan:
     """Plan a launch for `tokens` queries of `heads` heads over at most `candidates` candidates.
 
     Depends on shapes and on the device only, never on lengths: a captured CUDA graph stays right
     when the lengths change.
+
+    Args:
+        sms, wgmma: of the GPU, how many multiprocessors and whether it runs hopper.py's kernel.
     """
     if policy.batch_invariant:
-        return _invariant(heads, candidates, sms, policy)
-    _, group, splits = min(
-        (_us(group, splits, tokens, heads, candidates, sms), group, splits)
-        for group in ([policy.head_block] if policy.head_block else _groups(heads))
-        for splits in _splits(group, tokens, heads, candidates, sms, policy)
+        return _invariant(heads, candidates, sms, policy, wgmma)
+    configs = _configs(heads, policy, wgmma)
+    _, place, splits = min(
+        (_us(config, splits, tokens, heads, candidates, sms), place, splits)
+        for place, config in enumerate(configs)
+        for splits in _splits(config, tokens, heads, candidates, sms, policy)
     )
-    config = CONFIGS[group]
+    config = configs[place]
     return LaunchPlan(config, splits, _tokens_per_launch(heads, config, sms, policy))
 
 
@@ -127,30 +145,45 @@ def unpacks(tokens: int, width: int, rows: int) -> bool:
     return tokens >= UNPACK_TOKENS and tokens * width >= UNPACK_REUSE * rows > 0
 
 
-def choose_unpacked(heads: int, *, sms: int, policy: LaunchPolicy) -> LaunchPlan:
+def choose_unpacked(
+    heads: int, *, sms: int, policy: LaunchPolicy, wgmma: bool = False
+) -> LaunchPlan:
     """Plan a launch whose extra candidates are unpacked: without splits."""
-    config = CONFIGS[policy.head_block or min(UNPACKED_GROUP, _groups(heads)[-1])]
+    config = _configs(heads, policy, wgmma)[-1]
+    if not (config.wgmma or policy.head_block):
+        config = CONFIGS[min(UNPACKED_GROUP, _groups(heads)[-1])]
     return LaunchPlan(config, 1, _tokens_per_launch(heads, config, sms, policy))
 
 
+def _configs(heads: int, policy: LaunchPolicy, wgmma: bool) -> list[LaunchConfig]:
+    """Tiles to consider, the widest last; of 64 heads, hopper.py's where it may be chosen."""
+    if policy.head_block:
+        return [CONFIGS[policy.head_block]]
+    configs = [CONFIGS[group] for group in _groups(heads)]
+    if wgmma and policy.wgmma and configs[-1].block_h == HOPPER.block_h:
+        configs[-1] = HOPPER
+    return configs
+
+
 def _splits(
-    group: int, tokens: int, heads: int, candidates: int, sms: int, policy: LaunchPolicy
+    config: LaunchConfig, tokens: int, heads: int, candidates: int, sms: int, policy: LaunchPolicy
 ) -> list[int]:
     """Numbers of splits to consider: none, and those that fill the GPU a few times."""
-    config = CONFIGS[group]
     most = min(
         _cdiv(candidates, config.block_n),
         policy.topk_chunk // config.block_n,
         WORKSPACE_BYTES // _partial_bytes(tokens, heads),
     )
-    fills = range(1, 2 * len(PACES[group]) + 2)
+    fills = range(1, 2 * len(PACES[config]) + 2)
     programs = tokens * _cdiv(heads, config.block_h)
     return sorted({max(1, min(fill * sms // programs, most)) for fill in fills} | {1})
 
 
-def _us(group: int, splits: int, tokens: int, heads: int, candidates: int, sms: int) -> float:
+def _us(
+    config: LaunchConfig, splits: int, tokens: int, heads: int, candidates: int, sms: int
+) -> float:
     """What a plan takes: waves of programs of equal length, and the merge."""
-    config, paces = CONFIGS[group], PACES[group]
+    paces = PACES[config]
     tiles = _cdiv(_cdiv(candidates, config.block_n), splits)
     programs = tokens * _cdiv(heads, config.block_h) * splits
     # A first wave spreads over the multiprocessors; those after it fill one after the other.
@@ -171,13 +204,15 @@ def _tokens_per_launch(heads: int, config: LaunchConfig, sms: int, policy: Launc
     return policy.query_chunk * _cdiv(WAVES_PER_LAUNCH * sms, blocks_per_chunk)
 
 
-def _invariant(heads: int, candidates: int, sms: int, policy: LaunchPolicy) -> LaunchPlan:
+def _invariant(
+    heads: int, candidates: int, sms: int, policy: LaunchPolicy, wgmma: bool
+) -> LaunchPlan:
     """The plan for any number of tokens: the widest tile, and splits by the width of the lists.
 
     The kernel shares out a token's own candidates, so that only the number of splits matters to its
     sums, and not the launch that it is in.
     """
-    config = CONFIGS[policy.head_block or _groups(heads)[-1]]
+    config = _configs(heads, policy, wgmma)[-1]
     if candidates <= INVARIANT_SHORT_LIST:
         return LaunchPlan(config, 1, _tokens_per_launch(heads, config, sms, policy))
     splits = max(1, min(INVARIANT_SPLITS, policy.topk_chunk // config.block_n))

@@ -36,7 +36,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 # Sizes that change from call to call: specialising on them would only compile more variants.
-_RUNTIME_SIZES = [
+RUNTIME_SIZES = [
     "num_heads",
     "swa_width",
     "extra_width",
@@ -47,7 +47,7 @@ _RUNTIME_SIZES = [
 ]
 # Read one number at a time. A prefill's begin wherever the decodes of its batch end, and knowing
 # that they are aligned would only compile more variants.
-_SCALAR_LOADS = [
+SCALAR_LOADS = [
     "swa_lens_ptr",
     "extra_lens_ptr",
     "table_ptr",
@@ -302,7 +302,7 @@ def _lse(running_max, running_sum):
     return tl.where(seen, running_max + tl.log2(tl.where(seen, running_sum, 1.0)), -float("inf"))
 
 
-@triton.jit(do_not_specialize=_RUNTIME_SIZES, do_not_specialize_on_alignment=_SCALAR_LOADS)
+@triton.jit(do_not_specialize=RUNTIME_SIZES, do_not_specialize_on_alignment=SCALAR_LOADS)
 def sparse_mla_kernel(
     q_ptr,
     swa_ptr,
