@@ -81,8 +81,8 @@ HOPPER = LaunchConfig(block_h=64, block_n=64, num_warps=8, wgmma=True)
 # Where each multiprocessor has one program, and where it has two at a time. Those of CONFIGS are
 # fitted to an H200 that runs the code and has the shared memory of SM12x (benchmarks/README.md,
 # "As SM12x would run it"), 16 to 128 heads, 1 to 512 tokens, 128 to 1,152 candidates: the plan is
-# within 4 % of the best one measured. That of HOPPER is fitted natively to an H100, 64 and 128 heads,
-# 1 to 512 tokens, 128 to 1,792 candidates: 0.5 % from the best in the mean, 13 % at most.
+# within 4 % of the best one measured. That of HOPPER is fitted natively to an H100, 64 and 128
+# heads, 1 to 512 tokens, 128 to 1,792 candidates: 0.5 % from the best in the mean, 13 % at most.
 PACES = {
     CONFIGS[1]: (Pace(4.5, 1.2), Pace(4.8, 2.0)),
     CONFIGS[2]: (Pace(4.9, 1.36), Pace(7.8, 2.06)),
