@@ -22,7 +22,6 @@ from vllm_sm12x.ops.sparse_mla.config import (
     choose,
     choose_unpacked,
 )
-from vllm_sm12x.ops.sparse_mla.hopper import sparse_mla_hopper_kernel
 from vllm_sm12x.ops.sparse_mla.kernel import (
     sparse_mla_kernel,
     sparse_mla_merge_kernel,
@@ -202,8 +201,12 @@ def _launch(
     lse_strides = (0, 0)
     if target_lse is not None:
         lse_strides = (target_lse.stride(0), target_lse.stride(1) if partial else 0)
-    kernel, options = sparse_mla_hopper_kernel, {}
-    if not config.wgmma:
+    if config.wgmma:
+        # Gluon is experimental, and other GPUs do without it.
+        from vllm_sm12x.ops.sparse_mla.hopper import sparse_mla_hopper_kernel as kernel
+
+        options = {}
+    else:
         kernel = sparse_mla_kernel
         options = {
             "BLOCK_H": config.block_h,
