@@ -10,8 +10,8 @@ from vllm_sm12x import knobs
 # CUDA programming guide, technical specifications per compute capability: 99 KiB of shared memory
 # per thread block on 12.x, against 163 KiB and more on data-centre parts.
 SM12X_SHARED_MEMORY_BYTES = 101_376
-# bf16 mma.sync and cp.async, which every kernel here uses, begin with SM80.
-MINIMUM_CAPABILITY = (8, 0)
+# Conversions from e4m3, which the attention's kernels use, begin with SM89.
+MINIMUM_CAPABILITY = (8, 9)
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ KNOBS: tuple[Knob, ...] = (
         allowed="0, 1 or auto",
         parse=_one_of({"auto": None, "0": False, "1": True}),
         help="Auto: TRITON_MLA_SPARSE serves DeepSeek V4 on SM12x GPUs, and nothing changes on "
-        "others. 1: also on any other NVIDIA GPU from SM80 on. 0: off.",
+        "others. 1: also on any other NVIDIA GPU from SM89 on. 0: off.",
     ),
     Knob(
         name=TILED,

@@ -132,17 +132,17 @@ answer({{
     )
 
 
-def test_a_gpu_below_sm80_cannot_be_forced(turing):
+def test_a_gpu_below_sm89_cannot_be_forced(turing):
     kind, _, sentence = turing.answer["forced"].partition(": ")
     assert kind == "RuntimeError"
     assert is_one_sentence(sentence), sentence
-    for part in ("VLLM_TRITON_MLA_SPARSE=1", "Tesla T4", "SM 7.5", "SM 8.0"):
+    for part in ("VLLM_TRITON_MLA_SPARSE=1", "Tesla T4", "SM 7.5", "SM 8.9"):
         assert part in sentence
     assert turing.answer["platform"] == STOCK_PLATFORM
     assert turing.answer["untouched"]
 
 
-def test_a_gpu_below_sm80_is_left_alone_in_silence(turing):
+def test_a_gpu_below_sm89_is_left_alone_in_silence(turing):
     assert turing.answer["unforced"] is None
     assert "vllm-sm12x" not in turing.output
 

@@ -28,6 +28,7 @@ from vllm_sm12x.device import Device, NoDevice
 ROOT = Path(__file__).parents[2]
 SM120 = Device("NVIDIA RTX PRO 6000", (12, 0), 96 * 2**30, "580.95")
 SM90 = Device("NVIDIA H200", (9, 0), 141 * 2**30, "580.95")
+SM80 = Device("NVIDIA A100", (8, 0), 80 * 2**30, "580.95")
 SM75 = Device("NVIDIA T4", (7, 5), 16 * 2**30, "580.95")
 
 
@@ -192,8 +193,9 @@ class TestStates:
         [
             (context(SM90), State.NOT_FOR_DEVICE, "NVIDIA H200 is SM 9.0, not SM 12.x"),
             (context(NoDevice("no driver")), State.NOT_FOR_DEVICE, "no driver"),
-            (context(SM75, switch=True), State.NOT_FOR_DEVICE, "SM 7.5; the kernels need SM 8.0"),
+            (context(SM75, switch=True), State.NOT_FOR_DEVICE, "SM 7.5; the kernels need SM 8.9"),
             (context(SM75, assumed=(12, 0)), State.NOT_FOR_DEVICE, "SM 7.5"),
+            (context(SM80, switch=True), State.NOT_FOR_DEVICE, "SM 8.0; the kernels need SM 8.9"),
             (context(vllm="0.22.1"), State.NOT_FOR_VLLM, "vLLM 0.22.1 is installed"),
             (context(vllm=None), State.NOT_FOR_VLLM, "no vLLM is installed"),
             (context(SM90, switch=True), State.ACTIVE, "seen"),
@@ -334,8 +336,8 @@ class TestEntryPoints:
     @pytest.mark.parametrize(
         "gpu, vllm, env, message",
         [
-            (SM75, "0.26.0", {"VLLM_TRITON_MLA_SPARSE": "1"}, "SPARSE=1 .*SM 7.5.*SM 8.0"),
-            (SM75, "0.26.0", {"VLLM_SM12X_ASSUME": "12.0"}, "VLLM_SM12X_ASSUME .*SM 7.5.*SM 8.0"),
+            (SM75, "0.26.0", {"VLLM_TRITON_MLA_SPARSE": "1"}, "SPARSE=1 .*SM 7.5.*SM 8.9"),
+            (SM75, "0.26.0", {"VLLM_SM12X_ASSUME": "12.0"}, "VLLM_SM12X_ASSUME .*SM 7.5.*SM 8.9"),
             (SM120, "0.22.1", {"VLLM_TRITON_MLA_SPARSE": "1"}, r"vLLM 0.22.1 .*needs >=0.23"),
             (SM120, "0.26.0", {"VLLM_TRITON_MLA_SPARSE": "2"}, "'2' is not valid"),
             (SM90, "0.26.0", {"VLLM_SM12X_OFFF": "x"}, "did you mean VLLM_SM12X_OFF"),

@@ -72,6 +72,10 @@ def paged_logits_are_never_cleaned():
     return "clean_logits" not in inspect.signature(fp8_fp4_paged_mqa_logits).parameters
 
 
+def dspark_has_a_drafter():
+    return importlib.util.find_spec("vllm.models.deepseek_v4.nvidia.dspark") is not None
+
+
 def first_layer_expands_the_embedding():
     from vllm.model_executor.kernels.mhc import tilelang
 
@@ -126,8 +130,11 @@ PROBES = {
     ("deep_gemm", "0.33"): [prefill_logits_are_compressed, paged_logits_are_never_cleaned],
     ("dry_build", "0.27"): [layers_can_do_without_warm_up],
     ("dry_build", "0.29"): [backends_declare_layouts],
-    ("envs", "0.24"): [nvfp4_kernels_have_no_variable_of_their_own],
-    ("envs", "0.26"): [mxfp4_experts_have_no_variable_of_their_own],
+    ("envs", "0.24"): [
+        nvfp4_kernels_have_no_variable_of_their_own,
+        mxfp4_experts_have_no_variable_of_their_own,
+    ],
+    ("hyper_connections", "0.25"): [dspark_has_a_drafter],
     ("hyper_connections", "0.26"): [first_layer_expands_the_embedding],
     ("hyper_connections", "0.30"): [layers_register_tilelang_kernels],
     ("kv_cache", "0.29"): [caches_have_a_layout_to_resolve],

@@ -43,5 +43,7 @@ def _why_not(found: device.Device | device.NoDevice) -> str | None:
     if isinstance(found, device.NoDevice):
         return found.reason
     if found.capability < device.MINIMUM_CAPABILITY:
-        return "{} is SM {}.{}, and the kernels need SM 8.0".format(found.name, *found.capability)
+        return "{} is SM {}.{}, and the kernels need SM {}.{}".format(
+            found.name, *found.capability, *device.MINIMUM_CAPABILITY
+        )
     return None

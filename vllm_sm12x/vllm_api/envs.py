@@ -16,7 +16,7 @@ NVFP4_CHOICES = (
 )
 DISABLED_KERNELS = "VLLM_DISABLED_KERNELS"
 USE_DEEP_GEMM = "VLLM_USE_DEEP_GEMM"
-# until: vllm>=0.26, which has --moe-backend alone.
+# until: vllm>=0.24, which has --moe-backend alone.
 MXFP4_USE_MARLIN = "VLLM_MXFP4_USE_MARLIN"
 
 

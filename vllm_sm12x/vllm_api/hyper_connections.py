@@ -32,10 +32,12 @@ def symbols() -> tuple[str, ...]:
         "model": (_HEAD, _FUSED, _POST, _PRE),
         "mtp": (_HEAD, _POST),
     }
-    # until: vllm>=0.26, whose first layer expands the embedding, and which has DSpark's drafter.
+    # until: vllm>=0.25, which has DSpark's drafter.
+    if version.within(version.installed(), ">=0.25"):
+        names["dspark"] = (_HEAD, _POST)
+    # until: vllm>=0.26, whose first layer expands the embedding.
     if version.within(version.installed(), ">=0.26"):
         names["model"] += (_BROADCAST,)
-        names["dspark"] = (_HEAD, _POST)
     found = [f"{_FOLDER}.{module}.{name}" for module in names for name in names[module]]
     # until: vllm>=0.30, whose layers register the kernels that they call.
     if version.within(version.installed(), ">=0.30"):
