@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from vllm_sm12x.integration.launch_variants import Engine, Widths, representatives
+from vllm_sm12x.integration.launch_variants import Target, Widths, representatives
 from vllm_sm12x.ops.sparse_mla.config import UNPACK_TOKENS, LaunchPolicy
 
 FLASH = Widths(
@@ -142,12 +142,12 @@ def warmed(record):
     @cache
     def of(widths, invariant, wgmma, query_len):
         policy = LaunchPolicy(batch_invariant=invariant)
-        engine = Engine(SMS, policy, wgmma=wgmma, attention_only=wgmma)
+        target = Target(SMS, policy, wgmma=wgmma, attention_only=wgmma)
         keys = set()
-        for tokens in representatives(widths, range(1, MOST + 1), engine):
+        for tokens in representatives(widths, range(1, MOST + 1), target):
             keys |= record(widths, invariant, wgmma, 0, tokens)
         decodes = range(query_len, 64 * query_len + 1, query_len)
-        for tokens in representatives(widths, decodes, engine):
+        for tokens in representatives(widths, decodes, target):
             keys |= record(widths, invariant, wgmma, tokens, 0)
         return keys
 

@@ -323,7 +323,7 @@ with mock.patch.object(warm_up.providers, "on_sm12x_path", lambda: False), \\
      mock.patch.object(warm_up, "multiprocessors", lambda name, device: 132):
     forced = [sum(batch.prompts) for batch in warm_up._plan(worker, True, None)
               if batch.drafts is None]
-hopper = warm_up.Engine(132, warm_up.launch_policy(), wgmma=True, attention_only=True)
+hopper = warm_up.Target(132, warm_up.launch_policy(), wgmma=True, attention_only=True)
 widths = warm_up.Widths.of(config)
 own = warm_up.representatives(widths, range(1, TOKENS + 1), hopper)
 runner.execute_model = lambda *_: 1 / 0

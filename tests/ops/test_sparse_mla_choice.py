@@ -90,6 +90,19 @@ def test_in_the_invariant_mode_heads_alone_decide(tokens, heads):
     assert (config == HOPPER) == (heads > 32)
 
 
+@given(st.integers(1, 9000), st.integers(1, 128), st.integers(1, 3000), st.booleans())
+def test_a_launch_without_splits_is_of_whole_query_chunks(tokens, heads, query_chunk, wgmma):
+    policy = LaunchPolicy(query_chunk=query_chunk)
+    for plan in (
+        choose(tokens, heads, 640, sms=132, policy=policy, wgmma=wgmma),
+        choose_unpacked(heads, sms=132, policy=policy, wgmma=wgmma),
+    ):
+        assert plan.tokens_per_launch % query_chunk == 0
+        if plan.num_splits == 1:
+            programs = plan.tokens_per_launch * -(-heads // plan.config.block_h)
+            assert programs >= 128 * 132
+
+
 def test_one_token_keeps_the_tile_of_least_latency():
     plan = choose(1, 64, 640, sms=132, policy=LaunchPolicy(), wgmma=True)
     assert plan == choose(1, 64, 640, sms=132, policy=LaunchPolicy(), wgmma=False)

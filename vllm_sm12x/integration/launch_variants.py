@@ -60,7 +60,7 @@ class Widths:
 
 
 @dataclass(frozen=True)
-class Engine:
+class Target:
     """What of an engine and its GPU the launch configurations depend on.
 
     Attributes:
@@ -75,14 +75,14 @@ class Engine:
     attention_only: bool = False
 
 
-def variants(widths: Widths, tokens: int, engine: Engine) -> set[Hashable]:
+def variants(widths: Widths, tokens: int, target: Target) -> set[Hashable]:
     """Names of the compiled variants that a call with this many tokens launches."""
     found: set[Hashable] = set()
-    sms, policy = engine.sms, engine.policy
+    sms, policy = target.sms, target.policy
     invariant = policy.batch_invariant
     for candidates in widths.candidates:
         attend = sparse_mla.choose(
-            tokens, widths.heads, candidates, sms=sms, policy=policy, wgmma=engine.wgmma
+            tokens, widths.heads, candidates, sms=sms, policy=policy, wgmma=target.wgmma
         )
         splits = attend.num_splits
         # A stride of the partial results is splits * heads.
@@ -92,7 +92,7 @@ def variants(widths: Widths, tokens: int, engine: Engine) -> set[Hashable]:
     if tokens >= sparse_mla.UNPACK_TOKENS and not invariant:
         # Such a prefill unpacks its rows, or has too many and reads them as they are.
         found.add("sparse_mla, unpacked")
-    if engine.attention_only:
+    if target.attention_only:
         return found
     steps = widths.heads // widths.groups * HEAD_DIM // fp8_einsum.SCALE_BLOCK
     project = fp8_einsum.choose(
@@ -110,12 +110,12 @@ def variants(widths: Widths, tokens: int, engine: Engine) -> set[Hashable]:
     return found
 
 
-def representatives(widths: Widths, counts: Iterable[int], engine: Engine) -> list[int]:
+def representatives(widths: Widths, counts: Iterable[int], target: Target) -> list[int]:
     """Of `counts`, ascending, those that are the first to launch some variant."""
     seen: set[Hashable] = set()
     chosen = []
     for tokens in sorted(set(counts)):
-        found = variants(widths, tokens, engine)
+        found = variants(widths, tokens, target)
         if not found <= seen:
             chosen.append(tokens)
             seen |= found

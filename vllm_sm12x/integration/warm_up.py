@@ -21,7 +21,7 @@ from rich.progress import track
 from vllm_sm12x import knobs
 from vllm_sm12x.integration import indexer, providers, selection, unpacked_rows
 from vllm_sm12x.integration.launch_variants import (
-    Engine,
+    Target,
     Widths,
     launch_policy,
     representatives,
@@ -195,7 +195,7 @@ def _plan(worker: Any, ours: bool, state_block: int | None) -> list[Batch]:
     if ours:
         most = scheduler.max_num_batched_tokens
         widths, query_len = Widths.of(config), 1 + draft_tokens
-        engine = Engine(
+        target = Target(
             multiprocessors("worker", worker.device),
             launch_policy(),
             wgmma=has_wgmma(worker.device),
@@ -203,7 +203,7 @@ def _plan(worker: Any, ours: bool, state_block: int | None) -> list[Batch]:
         )
 
         def of(counts: Iterable[int]) -> list[int]:
-            return representatives(widths, counts, engine)
+            return representatives(widths, counts, target)
 
         decodes = range(query_len, scheduler.max_num_seqs * query_len + 1, query_len)
         own = {

@@ -95,7 +95,8 @@ MERGE_US_PER_MB = 0.1
 # Bound of the partial results of a launch, which are fp32.
 WORKSPACE_BYTES = 64 << 20
 # Programs of a launch for each multiprocessor, after which a last, partly filled wave no longer
-# matters: with 8, 8,192 tokens of 64 heads took 53 waves on 188 multiprocessors, and now take 44.
+# matters: by calculation, 8,192 tokens of 64 heads take 44 waves on 188 multiprocessors, and with 8
+# in a launch took 53.
 WAVES_PER_LAUNCH = 128
 # Splits where one plan serves one token and thousands, and the longest list that has none: more
 # would write more fp32 than a prefill reads, fewer would leave one token more waiting.
