@@ -20,6 +20,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 SMS = 188  # an RTX PRO 6000's
+_MMA = r"\b(?:mma\.sync|wgmma|tcgen05)[\w.:]*"
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
@@ -28,7 +29,7 @@ class Case:
     """One call of an op whose launches are compiled; a subclass adds the axes of its op.
 
     Attributes:
-        arch: 120 or 121, or 90 for what is of Hopper's only.
+        arch: 120 or 121, or 90 for what is of Hopper's only; others for what runs there too.
     """
 
     arch: int
@@ -52,6 +53,7 @@ class Compiled:
         loads: bits of one thread's global load -> how many such instructions, from the PTX.
         copies: the same of asynchronous copies to shared memory.
         mma: tensor-core instructions by name, from the PTX.
+        barriers: in each loop that has tensor-core instructions, from the PTX.
         serialised: what the assembler says of wgmma that it cannot leave in flight.
     """
 
@@ -63,6 +65,7 @@ class Compiled:
     loads: dict[int, int]
     copies: dict[int, int]
     mma: dict[str, int]
+    barriers: tuple[int, ...]
     serialised: tuple[str, ...]
 
 
@@ -112,7 +115,7 @@ def _inspect(name: str, kernel) -> Compiled:
     ):
         copies[8 * int(size, 16)] = copies.get(8 * int(size, 16), 0) + 1
     mma: dict[str, int] = {}
-    for instruction in re.findall(r"\b(?:mma|wgmma|tcgen05)[\w.:]*", ptx):
+    for instruction in re.findall(_MMA, ptx):
         mma[instruction] = mma.get(instruction, 0) + 1
     return Compiled(
         name,
@@ -123,8 +126,16 @@ def _inspect(name: str, kernel) -> Compiled:
         loads,
         copies,
         mma,
+        tuple(len(re.findall(r"\bbar(?:rier)?\.sync\b", loop)) for loop in _mma_loops(ptx)),
         _serialised(ptx) if "wgmma" in ptx else (),
     )
+
+
+def _mma_loops(ptx: str) -> list[str]:
+    labels = {label[1]: label.start() for label in re.finditer(r"^(\$\w+):", ptx, re.M)}
+    branches = re.finditer(r"\bbra(?:\.uni)?\s+(\$\w+);", ptx)
+    loops = [ptx[labels[branch[1]] : branch.start()] for branch in branches]
+    return [loop for loop in loops if re.search(_MMA, loop)]
 
 
 def _serialised(ptx: str) -> tuple[str, ...]:

@@ -63,7 +63,7 @@ class HopperCase(Case):
         # Which always takes the widest tile; one tile of candidates at a time leaves no split.
         policy = LaunchPolicy(batch_invariant=True, topk_chunk=512 if self.split else 64)
         sparse_mla_module.multiprocessors = lambda name, device: SMS
-        sparse_mla_module.has_wgmma = lambda device: True
+        sparse_mla_module.has_mma = sparse_mla_module.has_wgmma = lambda device: True
         sparse_mla(**sparse_mla_inputs(shape, device="cpu"), policy=policy, return_lse=self.lse)
 
 

@@ -54,6 +54,7 @@ def launches(widths, invariant, wgmma, decodes, prefills, prefilling=1):
     JITFunction.run = record
     # Some ops have imported the function, others its module.
     launch.multiprocessors = attend.__globals__["multiprocessors"] = lambda name, device: SMS
+    attend.__globals__["has_mma"] = lambda device: True
     attend.__globals__["has_wgmma"] = lambda device: wgmma
 
     total = decodes + prefills
@@ -142,7 +143,7 @@ def warmed(record):
     @cache
     def of(widths, invariant, wgmma, query_len):
         policy = LaunchPolicy(batch_invariant=invariant)
-        target = Target(SMS, policy, wgmma=wgmma, attention_only=wgmma)
+        target = Target(SMS, policy, mma=True, wgmma=wgmma, attention_only=wgmma)
         keys = set()
         for tokens in representatives(widths, range(1, MOST + 1), target):
             keys |= record(widths, invariant, wgmma, 0, tokens)

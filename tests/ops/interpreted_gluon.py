@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gluon's language over Triton's interpreter, as far as our kernel of it goes.
+"""Gluon's language over Triton's interpreter, as far as our kernels of it go.
 
 Layouts, barriers and fences mean nothing here: they are the compiler's. What is asynchronous is
 checked: a copy leaves NaN until it is waited for, and a dot must have the same operands when it is
@@ -9,8 +9,7 @@ waited for as when it was issued. Values of bf16 are fp32, as in our interpreted
 import importlib.util
 import re
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -21,13 +20,16 @@ import triton.language as tl
 from triton.runtime.interpreter import TensorHandle
 
 
-def load(path: str) -> ModuleType:
-    """The module of Gluon kernels at `path`, once more, with kernels that run here."""
+def load(name: str, parts: tuple[str, ...] = ()) -> ModuleType:
+    """The module `name` of Gluon kernels, once more, with kernels that run here.
+
+    `parts` are modules of such functions that it imports, in the order in which they do.
+    """
     nvidia = f"{gluon.__name__}.language.nvidia"
     stand_ins = {
         gluon.__name__: gluon,
         f"{gluon.__name__}.language": language,
-        f"{nvidia}.ampere": _module("ampere", async_copy=AsyncCopy),
+        f"{nvidia}.ampere": _module("ampere", async_copy=AsyncCopy, mma_v2=_multiply),
         f"{nvidia}.hopper": _module(
             "hopper",
             fence_async_shared=lambda: None,
@@ -35,16 +37,22 @@ def load(path: str) -> ModuleType:
             warpgroup_mma_wait=_wait_for_dot,
         ),
     }
-    spec = importlib.util.spec_from_file_location(f"interpreted_{Path(path).stem}", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
     import triton.experimental
 
     with (
         mock.patch.dict(sys.modules, stand_ins),
         mock.patch.object(triton.experimental, "gluon", gluon, create=True),
     ):
-        spec.loader.exec_module(module)
+        for part in parts:
+            sys.modules[part] = _execute(part)
+        return _execute(name)
+
+
+def _execute(name: str) -> ModuleType:
+    spec = importlib.util.find_spec(name)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module
 
 
@@ -87,8 +95,10 @@ class SharedMemory:
     def permute(self, order: tuple[int, ...]) -> "SharedMemory":
         return SharedMemory(self.values.transpose(order), self._in_words)
 
-    def _reinterpret(self, *_: Any) -> "SharedMemory":
-        return SharedMemory(self.values, in_words=True)
+    def _reinterpret(self, dtype: Any, shape: Any, *_: Any) -> "SharedMemory":
+        in_words = dtype == tl.int32
+        *sizes, width = _numbers(shape)
+        return SharedMemory(self.values.reshape(*sizes, width << in_words), in_words)
 
     def store(self, value: Any) -> None:
         stored = value.handle.data
@@ -106,26 +116,33 @@ class SharedMemory:
 class AsyncCopy:
     """cp.async."""
 
-    _on_their_way: list[tuple[SharedMemory, np.ndarray]] = []
+    # Groups on their way, each of memory and what will be there; the last one is not committed.
+    _groups: list[list[tuple[SharedMemory, np.ndarray]]] = [[]]
 
     @classmethod
     def async_copy_global_to_shared(
         cls, memory: SharedMemory, pointers: Any, mask: Any = None
     ) -> None:
         value = tl.load(pointers) if mask is None else tl.load(pointers, mask=mask, other=0.0)
-        cls._on_their_way.append((memory, value.to(tl.float32).handle.data.copy()))
+        cls._groups[-1].append((memory, value.to(tl.float32).handle.data.copy()))
         memory.values[...] = np.nan
 
-    @staticmethod
-    def commit_group() -> None:
-        pass
+    @classmethod
+    def commit_group(cls) -> None:
+        cls._groups.append([])
 
     @classmethod
-    def wait_group(cls, pending: int) -> None:
-        assert pending == 0
-        for memory, values in cls._on_their_way:
-            memory.values[...] = values
-        cls._on_their_way.clear()
+    def wait_group(cls, pending: Any) -> None:
+        pending = int(getattr(pending, "value", pending))
+        while len(cls._groups) - 1 > pending:
+            for memory, values in cls._groups.pop(0):
+                memory.values[...] = values
+
+
+def _multiply(a: Any, b: Any, acc: Any) -> Any:
+    """`mma_v2`."""
+    with np.errstate(all="ignore"):
+        return _tensor(a.handle.data.astype(np.float32) @ b.handle.data + acc.handle.data)
 
 
 class Dot:
@@ -231,7 +248,8 @@ _INSTRUCTIONS: dict[str, Callable[..., np.ndarray]] = {
     "shr.u32": lambda a, b: a >> b,
     "prmt.b32": _permute_bytes,
     "lop3.b32": _look_up,
-    "mul.rn.bf16x2": _multiply_bf16x2,
+    # The third operand is -0.
+    "fma.rn.bf16x2": lambda a, b, c: _multiply_bf16x2(a, b),
 }
 
 
@@ -258,7 +276,7 @@ def _without_layout(name: str) -> Callable:
     return lambda *arguments, layout=None, **options: function(*arguments, **options)
 
 
-def _numbers(shape: list[Any]) -> list[int]:
+def _numbers(shape: Iterable[Any]) -> list[int]:
     return [int(getattr(size, "value", size)) for size in shape]
 
 
@@ -271,12 +289,14 @@ language = _module(
         for name in (
             "load", "store", "where", "maximum", "minimum", "exp2", "log2", "max", "sum",
             "reshape", "broadcast", "join", "cdiv", "program_id",
+            "permute",
         )
     },
     **dict.fromkeys(
         (
             "BlockedLayout", "SliceLayout", "NVMMADistributedLayout", "DistributedLinearLayout",
             "NVMMASharedLayout", "SwizzledSharedLayout", "DotOperandLayout",
+            "SharedLinearLayout",
         ),
         Layout,
     ),
@@ -284,6 +304,9 @@ language = _module(
     full=lambda shape, value, dtype, layout: tl.full(_numbers(shape), value, dtype),
     convert_layout=lambda tensor, layout: tensor,
     thread_barrier=lambda: None,
+    multiple_of=lambda tensor, values: tensor,
+    max_contiguous=lambda tensor, values: tensor,
+    static_range=lambda *ends: range(*_numbers(ends)),
     allocate_shared_memory=lambda dtype, shape, layout: SharedMemory(
         np.full(_numbers(shape), np.nan, np.float32)
     ),

@@ -282,14 +282,15 @@ def test_equal_scores_are_selected_by_position_in_any_company():
     sms=st.sampled_from([8, 48, 132, 170, 188]),
     head_block=st.sampled_from([None, 1, 2, 4]),
     topk_chunk=st.sampled_from([16, 32, 512]),
+    mma=st.booleans(),
     wgmma=st.booleans(),
 )
 def test_in_the_mode_one_plan_serves_any_number_of_rows(
-    tokens, heads, candidates, sms, head_block, topk_chunk, wgmma
+    tokens, heads, candidates, sms, head_block, topk_chunk, mma, wgmma
 ):
     policy = LaunchPolicy(head_block=head_block, topk_chunk=topk_chunk, batch_invariant=True)
     one, many = (
-        sparse_mla.choose(count, heads, candidates, sms=sms, policy=policy, wgmma=wgmma)
+        sparse_mla.choose(count, heads, candidates, sms=sms, policy=policy, mma=mma, wgmma=wgmma)
         for count in (1, tokens)
     )
     assert one == many

@@ -15,12 +15,14 @@ from vllm_sm12x.ops.sparse_mla.reference import sparse_mla_reference
 from vllm_sm12x.ops.sparse_mla.spec import SPARSE_MLA, SparseMlaShape, sparse_mla_inputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# On a Hopper GPU more than 32 heads have a kernel of their own: in the invariant mode always, by
-# shape for many tokens, never with the tiles of SM12x.
+# More than 32 heads have kernels of their own, in the invariant mode always and by shape for many
+# tokens: that of wgmma on a Hopper GPU, that of mma.sync on another or without wgmma.
 POLICIES = {
     "by shape": None,
     "invariant": LaunchPolicy(batch_invariant=True),
-    "SM12x tiles": LaunchPolicy(wgmma=False),
+    "by shape, no wgmma": LaunchPolicy(wgmma=False),
+    "invariant, no wgmma": LaunchPolicy(batch_invariant=True, wgmma=False),
+    "Triton": LaunchPolicy(mma=False, wgmma=False),
 }
 
 
@@ -91,7 +93,7 @@ def test_several_launches_cover_every_token(monkeypatch):
         rows=st.integers(1, 120),
     ),
     positions=st.sampled_from([{}, {"table": True}, {"table": True, "unpack": True}]),
-    policy=st.sampled_from([POLICIES["by shape"], POLICIES["invariant"]]),
+    policy=st.sampled_from(list(POLICIES.values())),
     seed=st.integers(0, 1000),
 )
 def test_any_indices_lengths_and_pages(shape, positions, policy, seed):

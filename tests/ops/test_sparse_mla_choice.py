@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where sparse_mla takes the kernel for Hopper, and where the tiles of SM12x."""
+"""Where sparse_mla takes its Gluon kernels, and where Triton's tiles."""
 
 import pytest
 import torch
@@ -8,10 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_sm12x.integration.launch_variants import launch_policy
-from vllm_sm12x.ops.launch import has_wgmma
+from vllm_sm12x.ops.launch import has_mma, has_wgmma
+from vllm_sm12x.ops.sparse_mla import config
 from vllm_sm12x.ops.sparse_mla.config import (
     CONFIGS,
     HOPPER,
+    MMA,
     LaunchPolicy,
     choose,
     choose_unpacked,
@@ -45,6 +47,21 @@ def test_not_where_kernels_are_compiled_for_another_gpu(gpu, monkeypatch, knob, 
     assert not has_wgmma(CUDA)
 
 
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 9), (9, 0), (12, 0), (12, 1)])
+def test_mma_runs_from_sm80_on(gpu, capability):
+    gpu(*capability)
+    assert has_mma(CUDA) == (capability >= (8, 0))
+    assert not has_mma(torch.device("cpu"))
+
+
+def test_mma_runs_where_kernels_are_compiled_for_another_gpu_but_not_interpreted(gpu, monkeypatch):
+    gpu(9, 0)
+    monkeypatch.setattr(triton.knobs.runtime, "override_arch", "sm89")
+    assert has_mma(CUDA)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    assert not has_mma(CUDA)
+
+
 @pytest.mark.parametrize("assumed", ["12.0", "12.1"])
 def test_an_engine_that_is_taken_for_sm12x_has_the_tiles_of_sm12x(monkeypatch, assumed):
     monkeypatch.delenv("VLLM_SM12X_ASSUME", raising=False)
@@ -53,9 +70,9 @@ def test_an_engine_that_is_taken_for_sm12x_has_the_tiles_of_sm12x(monkeypatch, a
     assert not launch_policy().wgmma
 
 
-def configs(heads, tokens=4096, on_hopper=True, **policy):
+def configs(heads, tokens=4096, on_hopper=True, mma=True, **policy):
     """What a call of packed and one of unpacked rows take."""
-    policy, gpu = LaunchPolicy(**policy), {"sms": 132, "wgmma": on_hopper}
+    policy, gpu = LaunchPolicy(**policy), {"sms": 132, "mma": mma, "wgmma": on_hopper}
     plans = (
         choose(tokens, heads, 640, policy=policy, **gpu),
         choose_unpacked(heads, policy=policy, **gpu),
@@ -63,10 +80,12 @@ def configs(heads, tokens=4096, on_hopper=True, **policy):
     return {plan.config for plan in plans}
 
 
+@pytest.mark.parametrize("on_hopper", [False, True])
 @pytest.mark.parametrize("heads", [1, 8, 16, 32, 33, 64, 128])
-def test_more_than_32_heads_take_it(heads):
-    assert (configs(heads) == {HOPPER}) == (heads > 32)
-    assert (HOPPER in configs(heads)) == (heads > 32)
+def test_more_than_32_heads_take_one(heads, on_hopper):
+    taken = HOPPER if on_hopper else MMA
+    assert (configs(heads, on_hopper=on_hopper) == {taken}) == (heads > 32)
+    assert (taken in configs(heads, on_hopper=on_hopper)) == (heads > 32)
 
 
 @given(
@@ -80,14 +99,34 @@ def test_what_is_asked_for_is_not_replaced(tokens, heads, invariant, head_block)
     assert configs(head_block=head_block, **call) == {CONFIGS[head_block]}
     sm12x = configs(on_hopper=False, **call)
     assert configs(wgmma=False, **call) == sm12x and HOPPER not in sm12x
+    interpreted = configs(on_hopper=False, mma=False, **call)
+    assert interpreted <= set(CONFIGS.values())
 
 
-@given(tokens=st.integers(1, 9000), heads=st.integers(1, 128))
-def test_in_the_invariant_mode_heads_alone_decide(tokens, heads):
+def test_a_policy_or_the_switch_leaves_triton_its_tile(monkeypatch):
+    gpu = {"sms": 188, "mma": True}
+    taken = choose(4096, 64, 640, policy=LaunchPolicy(), **gpu)
+    assert taken.config == MMA
+    left = choose(4096, 64, 640, policy=LaunchPolicy(mma=False), **gpu)
+    assert left.config == CONFIGS[4]
+    monkeypatch.setattr(config, "TAKE_MMA", False)
+    choose.cache_clear()
+    assert choose(4096, 64, 640, policy=LaunchPolicy(), **gpu) == left
+    choose.cache_clear()
+
+
+@given(tokens=st.integers(1, 9000), heads=st.integers(1, 128), wgmma=st.booleans())
+def test_in_the_invariant_mode_heads_alone_decide(tokens, heads, wgmma):
     config = choose(
-        tokens, heads, 640, sms=132, policy=LaunchPolicy(batch_invariant=True), wgmma=True
+        tokens,
+        heads,
+        640,
+        sms=132,
+        policy=LaunchPolicy(batch_invariant=True),
+        mma=True,
+        wgmma=wgmma,
     ).config
-    assert (config == HOPPER) == (heads > 32)
+    assert (config == (HOPPER if wgmma else MMA)) == (heads > 32)
 
 
 @given(st.integers(1, 9000), st.integers(1, 128), st.integers(1, 3000), st.booleans())
@@ -104,5 +143,7 @@ def test_a_launch_without_splits_is_of_whole_query_chunks(tokens, heads, query_c
 
 
 def test_one_token_keeps_the_tile_of_least_latency():
-    plan = choose(1, 64, 640, sms=132, policy=LaunchPolicy(), wgmma=True)
-    assert plan == choose(1, 64, 640, sms=132, policy=LaunchPolicy(), wgmma=False)
+    gpu = {"sms": 132, "policy": LaunchPolicy()}
+    plan = choose(1, 64, 640, **gpu)
+    assert plan == choose(1, 64, 640, mma=True, **gpu)
+    assert plan == choose(1, 64, 640, mma=True, wgmma=True, **gpu)

@@ -65,12 +65,13 @@ class Target:
 
     Attributes:
         sms: multiprocessors.
-        wgmma: whether kernels of wgmma run.
+        mma, wgmma: whether Gluon kernels of mma.sync and of wgmma run.
         attention_only: of our ops, only the attention is used: off the SM12x path.
     """
 
     sms: int
     policy: sparse_mla.LaunchPolicy
+    mma: bool = False
     wgmma: bool = False
     attention_only: bool = False
 
@@ -82,8 +83,9 @@ def variants(widths: Widths, tokens: int, target: Target) -> set[Hashable]:
     invariant = policy.batch_invariant
     for candidates in widths.candidates:
         attend = sparse_mla.choose(
-            tokens, widths.heads, candidates, sms=sms, policy=policy, wgmma=target.wgmma
-        )
+            tokens, widths.heads, candidates,
+            sms=sms, policy=policy, mma=target.mma, wgmma=target.wgmma,
+        )  # fmt: skip
         splits = attend.num_splits
         # A stride of the partial results is splits * heads.
         merged = (_power_of_two(splits), splits * widths.heads % 16) if splits > 1 else None

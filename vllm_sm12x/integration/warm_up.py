@@ -27,7 +27,7 @@ from vllm_sm12x.integration.launch_variants import (
     representatives,
 )
 from vllm_sm12x.log import get_logger
-from vllm_sm12x.ops.launch import has_wgmma, multiprocessors
+from vllm_sm12x.ops.launch import has_mma, has_wgmma, multiprocessors
 from vllm_sm12x.ops.mqa_logits.config import FEW_KEYS_LIMIT
 from vllm_sm12x.ops.sparse_mla.config import UNPACK_TOKENS
 
@@ -198,6 +198,7 @@ def _plan(worker: Any, ours: bool, state_block: int | None) -> list[Batch]:
         target = Target(
             multiprocessors("worker", worker.device),
             launch_policy(),
+            mma=has_mma(worker.device),
             wgmma=has_wgmma(worker.device),
             attention_only=not providers.on_sm12x_path(),
         )

@@ -26,6 +26,13 @@ def multiprocessors(name: str, device: torch.device) -> int:
     )
 
 
+def has_mma(device: torch.device) -> bool:
+    """Whether Gluon kernels of mma.sync run on `device`: any GPU from SM80 on, not interpreted."""
+    if interpreted() or device.type != "cuda":
+        return False
+    return torch.cuda.get_device_capability(device)[0] >= 8
+
+
 def has_wgmma(device: torch.device) -> bool:
     """Whether kernels of wgmma run on `device`: Hopper's, and compiled for it."""
     if interpreted() or device.type != "cuda" or triton.knobs.runtime.override_arch:

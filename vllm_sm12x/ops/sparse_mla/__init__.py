@@ -10,6 +10,7 @@ import triton.language as tl
 from vllm_sm12x.ops.fp8_ds_mla import HEAD_DIM, check_packed_cache
 from vllm_sm12x.ops.launch import (
     dot_dtype,
+    has_mma,
     has_wgmma,
     interpreted,
     multiprocessors,
@@ -17,6 +18,7 @@ from vllm_sm12x.ops.launch import (
 )
 from vllm_sm12x.ops.sparse_mla.config import (
     UNPACK_BLOCK,
+    Kernel,
     LaunchConfig,
     LaunchPolicy,
     choose,
@@ -121,7 +123,11 @@ def sparse_mla(
         sink=sink,
         out=out,
     )
-    sms, wgmma = multiprocessors("q", q.device), has_wgmma(q.device)
+    gpu: dict[str, Any] = {
+        "sms": multiprocessors("q", q.device),
+        "mma": has_mma(q.device),
+        "wgmma": has_wgmma(q.device),
+    }
 
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -129,13 +135,13 @@ def sparse_mla(
     if tokens:
         policy = policy or LaunchPolicy()
         if unpacked is not None:
-            plan = choose_unpacked(heads, sms=sms, policy=policy, wgmma=wgmma)
+            plan = choose_unpacked(heads, policy=policy, **gpu)
             _unpack(extra_cache, extra_block_table, unpacked_lens, unpacked)
         else:
             candidates = swa_indices.shape[1]
             if extra_indices is not None:
                 candidates += extra_indices.shape[1]
-            plan = choose(tokens, heads, candidates, sms=sms, policy=policy, wgmma=wgmma)
+            plan = choose(tokens, heads, candidates, policy=policy, **gpu)
         for start in range(0, tokens, plan.tokens_per_launch):
             rows = slice(start, start + plan.tokens_per_launch)
             _launch(
@@ -201,11 +207,12 @@ def _launch(
     lse_strides = (0, 0)
     if target_lse is not None:
         lse_strides = (target_lse.stride(0), target_lse.stride(1) if partial else 0)
-    if config.wgmma:
-        # Gluon is experimental, and other GPUs do without it.
+    # Gluon is experimental: imported where a kernel of it is taken. Those have tiles of their own.
+    options = {}
+    if config.kernel is Kernel.HOPPER:
         from vllm_sm12x.ops.sparse_mla.hopper import sparse_mla_hopper_kernel as kernel
-
-        options = {}
+    elif config.kernel is Kernel.MMA:
+        from vllm_sm12x.ops.sparse_mla.mma import sparse_mla_mma_kernel as kernel
     else:
         kernel = sparse_mla_kernel
         options = {

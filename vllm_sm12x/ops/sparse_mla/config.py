@@ -2,9 +2,18 @@
 """Launch configurations of sparse_mla: a static table, chosen from shapes only (graph-safe)."""
 
 from dataclasses import dataclass
+from enum import Enum
 from functools import lru_cache
 
 from vllm_sm12x.ops.fp8_ds_mla import HEAD_DIM
+
+
+class Kernel(Enum):
+    """An attention kernel, by the module that it is in."""
+
+    TRITON = "kernel"
+    MMA = "mma"
+    HOPPER = "hopper"
 
 
 @dataclass(frozen=True)
@@ -12,15 +21,16 @@ class LaunchConfig:
     """One compiled tile: BLOCK_H heads by BLOCK_N candidates.
 
     Attributes:
-        stages: of the loop over unpacked rows; one less is the number of tiles in shared memory.
-        wgmma: of hopper.py's kernel, which has one tile and stages of its own.
+        stages: of kernel.py's loop over unpacked rows; one less is the number of tiles in shared
+            memory.
+        kernel: those of mma.py and hopper.py have one tile each and stages of their own.
     """
 
     block_h: int
     block_n: int
     num_warps: int
     stages: int = 1
-    wgmma: bool = False
+    kernel: Kernel = Kernel.TRITON
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,7 @@ class LaunchPolicy:
         query_chunk: a launch without splits covers whole multiples of this many query tokens.
         batch_invariant: the plan, and with it a token's bits, do not depend on how many tokens
             there are.
+        mma: whether mma.py's kernel may be chosen.
         wgmma: whether hopper.py's kernel may be chosen, on a GPU that has wgmma.
     """
 
@@ -54,6 +65,7 @@ class LaunchPolicy:
     topk_chunk: int = 512
     query_chunk: int = 256
     batch_invariant: bool = False
+    mma: bool = True
     wgmma: bool = True
 
 
@@ -76,8 +88,12 @@ CONFIGS = {
     # 82 KiB (98): one dequantisation for 64 heads.
     4: LaunchConfig(block_h=64, block_n=16, num_warps=8, stages=3),
 }
-# On a GPU with wgmma, for more heads than the tile of 32 has.
-HOPPER = LaunchConfig(block_h=64, block_n=64, num_warps=8, wgmma=True)
+# For more heads than the tile of 32 has: 64 KiB, Q in registers.
+MMA = LaunchConfig(block_h=64, block_n=16, num_warps=8, kernel=Kernel.MMA)
+# Whether MMA is taken where it can be. No GPU has timed it yet.
+TAKE_MMA = True
+# The same on a GPU with wgmma.
+HOPPER = LaunchConfig(block_h=64, block_n=64, num_warps=8, kernel=Kernel.HOPPER)
 # Where each multiprocessor has one program, and where it has two at a time. Those of CONFIGS are
 # fitted to an H200 that runs the code and has the shared memory of SM12x (benchmarks/README.md,
 # "As SM12x would run it"), 16 to 128 heads, 1 to 512 tokens, 128 to 1,152 candidates: the plan is
@@ -87,6 +103,8 @@ PACES = {
     CONFIGS[1]: (Pace(4.5, 1.2), Pace(4.8, 2.0)),
     CONFIGS[2]: (Pace(4.9, 1.36), Pace(7.8, 2.06)),
     CONFIGS[4]: (Pace(9.0, 1.87),),
+    # Not measured: that of CONFIGS[4].
+    MMA: (Pace(9.0, 1.87),),
     HOPPER: (Pace(6.0, 3.1),),
 }
 # The merge kernel, and what of it each MB of partial results takes.
@@ -106,7 +124,7 @@ INVARIANT_SHORT_LIST = 128
 # gain from unpacking it.
 UNPACK_TOKENS = 256
 UNPACK_REUSE = 4
-# The widest tile for unpacked rows.
+# kernel.py's widest tile for unpacked rows.
 UNPACKED_GROUP = 2
 # Rows that one program unpacks.
 UNPACK_BLOCK = 16
@@ -120,6 +138,7 @@ def choose(
     *,
     sms: int,
     policy: LaunchPolicy,
+    mma: bool = False,
     wgmma: bool = False,
 ) -> LaunchPlan:
     """Plan a launch for `tokens` queries of `heads` heads over at most `candidates` candidates.
@@ -128,11 +147,12 @@ def choose(
     when the lengths change.
 
     Args:
-        sms, wgmma: of the GPU, how many multiprocessors and whether it runs hopper.py's kernel.
+        sms: multiprocessors of the GPU.
+        mma, wgmma: whether it runs mma.py's and hopper.py's kernel.
     """
     if policy.batch_invariant:
-        return _invariant(heads, candidates, sms, policy, wgmma)
-    configs = _configs(heads, policy, wgmma)
+        return _invariant(heads, candidates, sms, policy, mma, wgmma)
+    configs = _configs(heads, policy, mma, wgmma)
     _, place, splits = min(
         (_us(config, splits, tokens, heads, candidates, sms), place, splits)
         for place, config in enumerate(configs)
@@ -148,22 +168,25 @@ def unpacks(tokens: int, width: int, rows: int) -> bool:
 
 
 def choose_unpacked(
-    heads: int, *, sms: int, policy: LaunchPolicy, wgmma: bool = False
+    heads: int, *, sms: int, policy: LaunchPolicy, mma: bool = False, wgmma: bool = False
 ) -> LaunchPlan:
     """Plan a launch whose extra candidates are unpacked: without splits."""
-    config = _configs(heads, policy, wgmma)[-1]
-    if not (config.wgmma or policy.head_block):
+    config = _configs(heads, policy, mma, wgmma)[-1]
+    if config.kernel is Kernel.TRITON and not policy.head_block:
         config = CONFIGS[min(UNPACKED_GROUP, _groups(heads)[-1])]
     return LaunchPlan(config, 1, _tokens_per_launch(heads, config, sms, policy))
 
 
-def _configs(heads: int, policy: LaunchPolicy, wgmma: bool) -> list[LaunchConfig]:
-    """Tiles to consider, the widest last; of 64 heads, hopper.py's where it may be chosen."""
+def _configs(heads: int, policy: LaunchPolicy, mma: bool, wgmma: bool) -> list[LaunchConfig]:
+    """Tiles to consider, the widest last; of 64 heads, a Gluon kernel's where it may be taken."""
     if policy.head_block:
         return [CONFIGS[policy.head_block]]
     configs = [CONFIGS[group] for group in _groups(heads)]
-    if wgmma and policy.wgmma and configs[-1].block_h == HOPPER.block_h:
-        configs[-1] = HOPPER
+    if configs[-1] is CONFIGS[4]:
+        if wgmma and policy.wgmma:
+            configs[-1] = HOPPER
+        elif mma and policy.mma and TAKE_MMA:
+            configs[-1] = MMA
     return configs
 
 
@@ -207,14 +230,14 @@ def _tokens_per_launch(heads: int, config: LaunchConfig, sms: int, policy: Launc
 
 
 def _invariant(
-    heads: int, candidates: int, sms: int, policy: LaunchPolicy, wgmma: bool
+    heads: int, candidates: int, sms: int, policy: LaunchPolicy, mma: bool, wgmma: bool
 ) -> LaunchPlan:
     """The plan for any number of tokens: the widest tile, and splits by the width of the lists.
 
     The kernel shares out a token's own candidates, so that only the number of splits matters to its
     sums, and not the launch that it is in.
     """
-    config = _configs(heads, policy, wgmma)[-1]
+    config = _configs(heads, policy, mma, wgmma)[-1]
     if candidates <= INVARIANT_SHORT_LIST:
         return LaunchPlan(config, 1, _tokens_per_launch(heads, config, sms, policy))
     splits = max(1, min(INVARIANT_SPLITS, policy.topk_chunk // config.block_n))

@@ -32,24 +32,30 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from vllm_sm12x.ops.sparse_mla.gluon_parts import (
+    DATA_BYTES,
+    GROUP_WORDS,
+    GROUPS,
+    HEAD_DIM,
+    LN2,
+    LOG2E,
+    MASKED,
+    NOPE_GROUPS,
+    barrier,
+    find_rows,
+    lengths,
+    load_positions,
+    load_slots,
+    token_and_head,
+    unpack_e4m3,
+    weigh,
+)
 from vllm_sm12x.ops.sparse_mla.kernel import RUNTIME_SIZES, SCALAR_LOADS
-
-# until: triton>=3.7, which has it under the second name only
-_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 
 BLOCK_H = gl.constexpr(64)
 BLOCK_N = gl.constexpr(64)
-HEAD_DIM = gl.constexpr(512)
-DATA_BYTES = gl.constexpr(576)
-# A row in 32-bit words: 7 groups of 16 with one scale byte each, then 32 of RoPE.
-GROUPS = gl.constexpr(8)
-NOPE_GROUPS = gl.constexpr(7)
-GROUP_WORDS = gl.constexpr(16)
 # UE8M0 bytes of 1.0.
 ONES = gl.constexpr(0x7F7F7F7F)
-MASKED = gl.constexpr(-1e30)
-LN2 = gl.constexpr(0.6931471805599453)
-LOG2E = gl.constexpr(1.4426950408889634)
 
 # Raw words [BLOCK_N, groups, words of a group], 16 bytes a thread.
 RAW = gl.constexpr(gl.BlockedLayout([1, 1, 4], [8, 1, 4], [8, 1, 1], [2, 1, 0]))
@@ -91,82 +97,6 @@ TILE_WORDS = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_b
 FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 FLAT_ROWS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
-# Two words of bf16 pairs from a word of four e4m3 and a UE8M0 byte. e4m3 bits moved into bf16's
-# places are the value times 2^-120, subnormal ones too: exact for all bytes but NaN, which becomes
-# 480. A row with NaN has it among its RoPE values too, which are bf16.
-_UNPACK_E4M3 = gl.constexpr("""{
-    .reg .b32 p0, p1, s0, s1, c, s;
-    mov.b32 c, 0x7B807B80;
-    mul.lo.u32 s, $3, 0x00800080;
-    prmt.b32 p0, $2, 0, 0x1404;
-    prmt.b32 p1, $2, 0, 0x3424;
-    and.b32 s0, p0, 0x80008000;
-    and.b32 s1, p1, 0x80008000;
-    shr.u32 p0, p0, 4;
-    shr.u32 p1, p1, 4;
-    lop3.b32 p0, p0, 0x07f007f0, s0, 0xEA;
-    lop3.b32 p1, p1, 0x07f007f0, s1, 0xEA;
-    mul.rn.bf16x2 p0, p0, c;
-    mul.rn.bf16x2 p1, p1, c;
-    mul.rn.bf16x2 $0, p0, s;
-    mul.rn.bf16x2 $1, p1, s;
-}""")
-
-
-@gluon.jit
-def _place(num_heads, AGAIN: gl.constexpr):
-    """The program's token and first head; AGAIN in a way that the compiler takes for another."""
-    block = gl.program_id(0)
-    if AGAIN:
-        block = gl.inline_asm_elementwise(
-            "mov.u32 $0, %ctaid.x;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-        )
-    head_blocks = gl.cdiv(num_heads, BLOCK_H)
-    return (block // head_blocks).to(gl.int64), (block % head_blocks) * BLOCK_H
-
-
-@gluon.jit
-def _load_slots(
-    tile,
-    swa_tiles,
-    swa_len,
-    extra_len,
-    swa_indices_ptr,
-    extra_indices_ptr,
-    table_ptr,
-    table_width,
-    EXTRA_BLOCK: gl.constexpr,
-    HAS_EXTRA: gl.constexpr,
-    HAS_TABLE: gl.constexpr,
-):
-    """The global slots of one tile's candidates, int32 [BLOCK_N]; negative where there is none."""
-    in_extra = tile >= swa_tiles
-    n = tile * BLOCK_N + gl.arange(0, BLOCK_N, layout=RAW_ROW)
-    limit = swa_len
-    indices_ptr = swa_indices_ptr
-    if HAS_EXTRA:
-        n -= gl.where(in_extra, swa_tiles * BLOCK_N, 0)
-        limit = gl.where(in_extra, extra_len, swa_len)
-        indices_ptr = gl.where(in_extra, extra_indices_ptr, swa_indices_ptr)
-    listed = n < limit
-    slot = gl.load(indices_ptr + gl.where(listed, n, 0), mask=listed, other=-1)
-    if HAS_EXTRA and HAS_TABLE:
-        position = gl.maximum(slot, 0)
-        page = position // EXTRA_BLOCK
-        known = in_extra & (slot >= 0) & (page < table_width)
-        page = gl.load(table_ptr + gl.where(known, page, 0), mask=known, other=-1)
-        mapped = gl.where(page < 0, -1, page * EXTRA_BLOCK + position % EXTRA_BLOCK)
-        slot = gl.where(in_extra, mapped, slot)
-    return slot
-
-
-@gluon.jit
-def _load_positions(first, indices_ptr, limit):
-    """Entries [BLOCK_N] of one index row from `first` on; -1 at or past `limit`."""
-    n = first + gl.arange(0, BLOCK_N, layout=COPY_ROW)
-    listed = n < limit
-    return gl.load(indices_ptr + gl.where(listed, n, 0), mask=listed, other=-1)
-
 
 @gluon.jit
 def _row_pointers(
@@ -182,23 +112,11 @@ def _row_pointers(
     HAS_EXTRA: gl.constexpr,
 ):
     """Where the words and the 8 scale bytes of each row of a tile begin, int32 pointers."""
-    base = swa_ptr
-    stride = swa_page_stride
-    slot = gl.maximum(slot, 0)
-    page = slot // SWA_BLOCK
-    row = slot % SWA_BLOCK
-    scale_offset = SWA_BLOCK * DATA_BYTES
-    if HAS_EXTRA:
-        in_extra = tile >= swa_tiles
-        base = gl.where(in_extra, extra_ptr, swa_ptr)
-        stride = gl.where(in_extra, extra_page_stride, swa_page_stride)
-        page = gl.where(in_extra, slot // EXTRA_BLOCK, page)
-        row = gl.where(in_extra, slot % EXTRA_BLOCK, row)
-        scale_offset = gl.where(in_extra, EXTRA_BLOCK * DATA_BYTES, SWA_BLOCK * DATA_BYTES)
-    start = page.to(gl.int64) * stride
-    words = base.to(gl.pointer_type(gl.int32))
-    data = words + (start + row * DATA_BYTES) // 4
-    return data, words + (start + scale_offset + row * GROUPS) // 4
+    words, page, scale_offset, row = find_rows(
+        tile, swa_tiles, slot, swa_ptr, extra_ptr, swa_page_stride, extra_page_stride,
+        SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA,
+    )  # fmt: skip
+    return words + (page + row * DATA_BYTES) // 4, words + (page + scale_offset + row * GROUPS) // 4
 
 
 @gluon.jit
@@ -228,16 +146,8 @@ def _store_groups(k_words, words, scale, FIRST: gl.constexpr, COUNT: gl.constexp
     """Dequantise groups FIRST to FIRST + COUNT of a tile into shared memory."""
     group = gl.arange(0, COUNT, layout=gl.SliceLayout(0, gl.SliceLayout(2, RAW))) + FIRST % 4
     byte = (scale[:, None] >> (group * 8)[None, :]) & 0xFF
-    byte = gl.broadcast(words, byte[:, :, None])[1]
-    first, second = gl.inline_asm_elementwise(
-        _UNPACK_E4M3,
-        "=r,=r,r,r",
-        [words, byte],
-        dtype=(gl.int32, gl.int32),
-        is_pure=True,
-        pack=1,
-    )
-    pairs = gl.reshape(gl.join(first, second), (BLOCK_N, COUNT * 2 * GROUP_WORDS))
+    pairs = unpack_e4m3(words, byte[:, :, None])
+    pairs = gl.reshape(pairs, (BLOCK_N, COUNT * 2 * GROUP_WORDS))
     k_words.slice(FIRST * 2 * GROUP_WORDS, COUNT * 2 * GROUP_WORDS, dim=1).store(pairs)
 
 
@@ -263,7 +173,7 @@ def _attend(s, bias, scale_log2, running_max, running_sum, acc, peaks, weights, 
     """Add one tile's scores S to the online softmax, and issue O += P K; the new state."""
     s = s * scale_log2 + bias[None, :]
     peaks.store(gl.max(gl.reshape(s, (BLOCK_H, 2, BLOCK_N // 2)), 2))
-    _barrier()
+    barrier()
     peak = gl.convert_layout(gl.max(peaks.load(PEAKS), 1), SCORES_ROW)
     new_max = gl.maximum(running_max, peak)
     rescale = gl.exp2(running_max - new_max)
@@ -275,7 +185,7 @@ def _attend(s, bias, scale_log2, running_max, running_sum, acc, peaks, weights, 
     running_sum = running_sum * factor[:, None][:, :, None] + share
     weights.store(p.to(gl.bfloat16))
     acc = acc * gl.convert_layout(rescale, OUT_ROW)[:, None]
-    _barrier()
+    barrier()
     acc = warpgroup_mma(weights.load(gl.DotOperandLayout(0, OUT, 2)), k, acc, is_async=True)
     return new_max, running_sum, acc
 
@@ -326,23 +236,15 @@ def sparse_mla_hopper_kernel(
     PARTIAL: gl.constexpr,
 ):
     """One query token, 64 heads, one split of its candidates; as `sparse_mla_kernel`."""
-    token, first_head = _place(num_heads, False)
+    token, first_head = token_and_head(num_heads, BLOCK_H, False)
     split = gl.program_id(1)
     d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, ROWS))
     h = first_head + gl.arange(0, BLOCK_H, layout=COPY_ROW)
 
-    swa_len = swa_width
-    if HAS_SWA_LENS:
-        swa_len = gl.minimum(gl.load(swa_lens_ptr + token), swa_width)
-    swa_tiles = gl.cdiv(gl.maximum(swa_len, 0), BLOCK_N)
-    extra_len = 0
-    num_tiles = swa_tiles
-    if HAS_EXTRA or UNPACKED:
-        extra_len = extra_width
-        if HAS_EXTRA_LENS:
-            extra_len = gl.minimum(gl.load(extra_lens_ptr + token), extra_width)
-    if HAS_EXTRA:
-        num_tiles += gl.cdiv(gl.maximum(extra_len, 0), BLOCK_N)
+    swa_len, extra_len, swa_tiles, num_tiles = lengths(
+        token, swa_lens_ptr, extra_lens_ptr, swa_width, extra_width,
+        BLOCK_N, HAS_SWA_LENS, HAS_EXTRA, HAS_EXTRA_LENS, UNPACKED,
+    )  # fmt: skip
     swa_row_ptr = swa_indices_ptr + token * swa_indices_stride
     extra_row_ptr = extra_indices_ptr + token * extra_indices_stride
     table_row_ptr = table_ptr
@@ -365,13 +267,13 @@ def sparse_mla_hopper_kernel(
     async_copy.async_copy_global_to_shared(q, q_ptrs, mask=(h < num_heads)[:, None])
     async_copy.commit_group()
 
-    slot = _load_slots(
+    slot = load_slots(
         first, swa_tiles, swa_len, extra_len, swa_row_ptr, extra_row_ptr, table_row_ptr,
-        table_width, EXTRA_BLOCK, HAS_EXTRA, HAS_TABLE,
+        table_width, EXTRA_BLOCK, HAS_EXTRA, HAS_TABLE, BLOCK_N, RAW_ROW,
     )  # fmt: skip
-    next_slot = _load_slots(
+    next_slot = load_slots(
         first + 1, swa_tiles, swa_len, extra_len, swa_row_ptr, extra_row_ptr, table_row_ptr,
-        table_width, EXTRA_BLOCK, HAS_EXTRA, HAS_TABLE,
+        table_width, EXTRA_BLOCK, HAS_EXTRA, HAS_TABLE, BLOCK_N, RAW_ROW,
     )  # fmt: skip
     words_ptr, scales_ptr = _row_pointers(
         first, swa_tiles, slot, swa_ptr, extra_ptr, swa_page_stride, extra_page_stride,
@@ -395,9 +297,9 @@ def sparse_mla_hopper_kernel(
     low_scale, raw_0, raw_1, high_scale, raw_2, raw_3, rope = _load_rows(
         words_ptr, scales_ptr, valid
     )
-    slot = _load_slots(
+    slot = load_slots(
         first + 2, swa_tiles, swa_len, extra_len, swa_row_ptr, extra_row_ptr, table_row_ptr,
-        table_width, EXTRA_BLOCK, HAS_EXTRA, HAS_TABLE,
+        table_width, EXTRA_BLOCK, HAS_EXTRA, HAS_TABLE, BLOCK_N, RAW_ROW,
     )  # fmt: skip
 
     running_max = gl.full([BLOCK_H], MASKED, gl.float32, layout=SCORES_ROW)
@@ -408,7 +310,7 @@ def sparse_mla_hopper_kernel(
 
     async_copy.wait_group(0)
     fence_async_shared()
-    _barrier()
+    barrier()
 
     for tile in range(first, last):
         place = tile - first
@@ -421,9 +323,9 @@ def sparse_mla_hopper_kernel(
             tile + 2, swa_tiles, slot, swa_ptr, extra_ptr, swa_page_stride, extra_page_stride,
             SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA,
         )  # fmt: skip
-        slot = _load_slots(
+        slot = load_slots(
             tile + 3, swa_tiles, swa_len, extra_len, swa_row_ptr, extra_row_ptr, table_row_ptr,
-            table_width, EXTRA_BLOCK, HAS_EXTRA, HAS_TABLE,
+            table_width, EXTRA_BLOCK, HAS_EXTRA, HAS_TABLE, BLOCK_N, RAW_ROW,
         )  # fmt: skip
         bias = biases.index(place & 3).load(SCORES_COL)
         s = warpgroup_mma_wait(0, [s])
@@ -437,17 +339,17 @@ def sparse_mla_hopper_kernel(
             words_ptr, scales_ptr, valid
         )
         acc = warpgroup_mma_wait(0, [acc])
-        _barrier()
+        barrier()
 
     if UNPACKED:
         request = gl.load(request_ids_ptr + token)
         rows = gl.minimum(gl.load(unpacked_lens_ptr + request), unpacked_width)
         request_ptr = extra_ptr + request.to(gl.int64) * extra_page_stride
-        position = _load_positions(0, extra_row_ptr, extra_len)
+        position = load_positions(0, extra_row_ptr, extra_len, BLOCK_N, COPY_ROW)
         valid = (position >= 0) & (position < rows)
         row = gl.where(valid, position, 0).to(gl.int64)
         biases.index(0).store(gl.where(valid, 0.0, MASKED))
-        position = _load_positions(BLOCK_N, extra_row_ptr, extra_len)
+        position = load_positions(BLOCK_N, extra_row_ptr, extra_len, BLOCK_N, COPY_ROW)
         async_copy.async_copy_global_to_shared(
             k_buffers.index(0), request_ptr + row[:, None] * HEAD_DIM + d[None, :]
         )
@@ -459,14 +361,16 @@ def sparse_mla_hopper_kernel(
             row = gl.where(valid, position, 0).to(gl.int64)
             async_copy.wait_group(0)
             fence_async_shared()
-            _barrier()
+            barrier()
             # Every warp has waited for the last tile's O: the other buffer is free.
             async_copy.async_copy_global_to_shared(
                 k_buffers.index(1 - buffer), request_ptr + row[:, None] * HEAD_DIM + d[None, :]
             )
             async_copy.commit_group()
             s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
-            position = _load_positions(start + 2 * BLOCK_N, extra_row_ptr, extra_len)
+            position = load_positions(
+                start + 2 * BLOCK_N, extra_row_ptr, extra_len, BLOCK_N, COPY_ROW
+            )
             bias = biases.index(buffer).load(SCORES_COL)
             s = warpgroup_mma_wait(0, [s])
             running_max, running_sum, acc = _attend(
@@ -476,18 +380,10 @@ def sparse_mla_hopper_kernel(
             acc = warpgroup_mma_wait(0, [acc])
         async_copy.wait_group(0)
 
-    token, first_head = _place(num_heads, True)
+    token, first_head = token_and_head(num_heads, BLOCK_H, True)
     running_sum = gl.convert_layout(gl.sum(gl.sum(running_sum, 2), 1), SCORES_ROW)
     head = first_head + gl.arange(0, BLOCK_H, layout=SCORES_ROW)
-    seen = running_sum > 0
-    denominator = running_sum
-    if HAS_SINK and not PARTIAL:
-        sink = gl.load(sink_ptr + head, mask=head < num_heads, other=-float("inf"))
-        # Without candidates the running maximum means nothing; the row is zero either way.
-        denominator += gl.exp2(gl.where(seen, sink * LOG2E - running_max, -float("inf")))
-    inverse = 1.0 / gl.where(seen, denominator, 1.0)
-    lse = running_max + gl.log2(gl.where(seen, running_sum, 1.0))
-    lse = gl.where(seen, lse, -float("inf"))
+    inverse, lse = weigh(head, num_heads, running_max, running_sum, sink_ptr, HAS_SINK, PARTIAL)
     if HAS_LSE and not PARTIAL:
         gl.store(lse_ptr + token * lse_stride_t + head, lse * LN2, mask=head < num_heads)
     acc = acc * gl.convert_layout(inverse, OUT_ROW)[:, None]
@@ -503,9 +399,9 @@ def sparse_mla_hopper_kernel(
         gl.store(lse_row_ptr + head, lse, mask=head < num_heads)
     else:
         # Through Q's memory, which no warp reads any more, for stores of 16 bytes.
-        _barrier()
+        barrier()
         q.store(acc.to(gl.bfloat16))
-        _barrier()
+        barrier()
         h = first_head + gl.arange(0, BLOCK_H, layout=COPY_ROW)
         out_ptrs = out_ptr + token * out_stride_t + h[:, None] * out_stride_h + d[None, :]
         gl.store(out_ptrs, q.load(ROWS), mask=(h < num_heads)[:, None])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""sparse_mla's kernel for Hopper on a CPU: what it computes, not how its threads share the work."""
+"""sparse_mla's Gluon kernels on a CPU: what they compute, not how their threads share the work."""
 
 import importlib
 
@@ -11,20 +11,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_sparse_mla import check
 
-from vllm_sm12x.ops.sparse_mla import hopper
-from vllm_sm12x.ops.sparse_mla.config import LaunchPolicy
+from vllm_sm12x.ops.sparse_mla import gluon_parts, hopper, mma
+from vllm_sm12x.ops.sparse_mla.config import HOPPER, MMA, LaunchPolicy
 from vllm_sm12x.ops.sparse_mla.spec import SparseMlaShape, sparse_mla_inputs
 
 pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="test_sparse_mla runs it natively on Hopper GPUs"
+    torch.cuda.is_available(), reason="test_sparse_mla runs them natively"
 )
 # By import_module: the package's attribute of that name is the function.
 op = importlib.import_module("vllm_sm12x.ops.sparse_mla")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def on_hopper():
-    kernel = interpreted_gluon.load(hopper.__file__).sparse_mla_hopper_kernel
+@pytest.fixture(scope="module", params=["mma", "hopper"])
+def config(request):
+    """The tile of a kernel, which the op takes meanwhile for more than 32 heads."""
+    module, config = {"mma": (mma, MMA), "hopper": (hopper, HOPPER)}[request.param]
+    name = f"sparse_mla_{request.param}_kernel"
+    kernel = getattr(interpreted_gluon.load(module.__name__, (gluon_parts.__name__,)), name)
     launched = []
 
     class Recorded:
@@ -33,15 +36,16 @@ def on_hopper():
             return kernel[grid]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(op, "has_wgmma", lambda device: True)
-        patch.setattr(hopper, "sparse_mla_hopper_kernel", Recorded())
-        yield
+        patch.setattr(op, "has_mma", lambda device: True)
+        patch.setattr(op, "has_wgmma", lambda device: config is HOPPER)
+        patch.setattr(module, name, Recorded())
+        yield config
     assert launched
 
 
-def check_splits(shape: SparseMlaShape, splits: int, seed: int = 0) -> None:
-    # Which always takes the widest tile, and up to 4 splits of 64 candidates or more.
-    policy = LaunchPolicy(batch_invariant=True, topk_chunk=64 * splits)
+def check_splits(shape: SparseMlaShape, splits: int, config, seed: int = 0) -> None:
+    # Which always takes the widest tile, and up to 4 splits of one tile or more.
+    policy = LaunchPolicy(batch_invariant=True, topk_chunk=config.block_n * splits)
     check(sparse_mla_inputs(shape, device="cpu", seed=seed), policy)
 
 
@@ -59,8 +63,8 @@ def check_splits(shape: SparseMlaShape, splits: int, seed: int = 0) -> None:
     ],
     ids=str,
 )
-def test_shapes(shape, splits):
-    check_splits(shape, splits)
+def test_shapes(shape, splits, config):
+    check_splits(shape, splits, config)
 
 
 @settings(max_examples=12)
@@ -83,16 +87,16 @@ def test_shapes(shape, splits):
     splits=st.integers(1, 4),
     seed=st.integers(0, 1000),
 )
-def test_any_indices_lengths_and_pages(shape, positions, splits, seed):
+def test_any_indices_lengths_and_pages(config, shape, positions, splits, seed):
     if shape.extra:
         shape = SparseMlaShape(**{**vars(shape), **positions})
-    check_splits(shape, splits, seed)
+    check_splits(shape, splits, config, seed)
 
 
 def test_every_byte_is_dequantised_exactly_but_nan():
     bytes_, scales = np.meshgrid(np.arange(256), np.arange(1, 255), indexing="ij")
     word = (bytes_ * 0x01010101).astype(np.uint32)
-    got = interpreted_gluon.run_ptx(hopper._UNPACK_E4M3.value, word, scales.astype(np.uint32))
+    got = interpreted_gluon.run_ptx(gluon_parts._UNPACK_E4M3.value, word, scales.astype(np.uint32))
     e4m3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
     nan = e4m3.isnan()
     assert nan.nonzero().flatten().tolist() == [0x7F, 0xFF]

@@ -1,0 +1,479 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention kernel of sparse_mla for more than 32 heads on SM12x: mma.sync, in Gluon.
+
+`tl.dot` in kernel.py reads both operands of both dots from shared memory, and that is what the loop
+over candidates waits for. Here Q stays in registers (README.md, "Q in registers").
+
+64 heads by 16 candidates, 8 warps: 4 groups of 16 heads, times 2 halves of a row. A warp has Q and
+O of its 16 heads and 256 columns, in 64 and 128 registers of a thread. Its scores are a share, of
+its half of each row; the two warps of a group add theirs through shared memory, and both compute
+the same P. K [2 halves, 16, 256] in bf16 has three buffers, so that one tile's softmax is beside
+the next one's Q K^T:
+
+    barrier
+    store K(i+2)           S of tile i: both shares, scaled, + bias
+    load the raw rows of tile i+3
+    barrier (Triton's)
+    shares of Q K(i+1)     softmax of tile i, O += P K(i)
+    store the shares       bias of tile i+3, slots of tile i+4
+
+Constraints, please keep them when editing:
+- Every register is taken, and since Triton 3.7 ptxas keeps on the stack what it finds no room for,
+  addresses first. K is in parts of 64 columns, so that parts differ by an immediate only. O leaves
+  in another layout than Q came, or addresses would be kept from one to the other. The place in the
+  grid is worked out again at the end. Order matters: look at every release (tests/compile).
+- Triton knows an allocation, not the part of it that is used: its barrier between the store of
+  K(i+2) and the loads of K(i+1) is not needed for K. It is what keeps the shares of tile i until
+  all warps have read them.
+- A tile's rows are stored by one store, and copied by one copy: between two Triton puts a barrier.
+- The exchange has 16 bytes of a thread side by side, and those of a warp's threads in their order:
+  stores and loads of 16 bytes without bank conflicts.
+- As in kernel.py, masked lanes have addresses inside the tensor, and the arguments are the same.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+
+from vllm_sm12x.ops.sparse_mla.gluon_parts import (
+    DATA_BYTES,
+    GROUP_WORDS,
+    GROUPS,
+    HEAD_DIM,
+    LN2,
+    LOG2E,
+    MASKED,
+    barrier,
+    find_rows,
+    lengths,
+    load_positions,
+    load_slots,
+    token_and_head,
+    unpack_e4m3,
+    weigh,
+)
+from vllm_sm12x.ops.sparse_mla.kernel import RUNTIME_SIZES, SCALAR_LOADS
+
+BLOCK_H = gl.constexpr(64)
+BLOCK_N = gl.constexpr(16)
+HALF = gl.constexpr(256)
+# UE8M0 bytes of 1.0.
+ONES = gl.constexpr(0x7F7F7F7F)
+# Groups of a half; the last one of the high half is RoPE's.
+HALF_GROUPS = gl.constexpr(4)
+BUFFERS = gl.constexpr(3)
+# Of Q and O, each of 64 columns of both halves.
+PARTS = gl.constexpr(4)
+PART = gl.constexpr(64)
+
+# S and O: [half, head, column].
+MMA = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [2, 4, 1], [1, 16, 8]))
+Q_OPERAND = gl.constexpr(gl.DotOperandLayout(0, MMA.value, 2))
+K_OPERAND = gl.constexpr(gl.DotOperandLayout(1, MMA.value, 2))
+SCORES = gl.constexpr(gl.SliceLayout(0, MMA.value))
+SCORES_ROW = gl.constexpr(gl.SliceLayout(1, SCORES.value))
+SCORES_COL = gl.constexpr(gl.SliceLayout(0, SCORES.value))
+# Sums [head, thread of a quad]: a thread's own share of its rows.
+SHARES = gl.constexpr(
+    gl.DistributedLinearLayout(
+        [[8, 0]],
+        [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
+        [[16, 0], [32, 0], [0, 0]],
+        [],
+        [64, 4],
+    )
+)
+SHARES_ROW = gl.constexpr(gl.SliceLayout(1, SHARES.value))
+# bf16 rows [part, half, row, 64], 16 bytes a thread, 128 of a row and instruction.
+COPY = gl.constexpr(gl.BlockedLayout([1, 1, 1, 8], [1, 1, 4, 8], [1, 2, 4, 1], [3, 2, 1, 0]))
+COPY_ROW = gl.constexpr(gl.SliceLayout(0, gl.SliceLayout(0, gl.SliceLayout(3, COPY.value))))
+COPY_PART = gl.constexpr(gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, COPY.value))))
+COPY_HALF = gl.constexpr(gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, COPY.value))))
+COPY_COL = gl.constexpr(gl.SliceLayout(0, gl.SliceLayout(0, gl.SliceLayout(0, COPY.value))))
+# Raw words [row, group, word], 16 bytes a thread, and 32 bytes of what they unpack to.
+RAW = gl.constexpr(gl.BlockedLayout([1, 1, 4], [8, 1, 4], [2, 4, 1], [2, 1, 0]))
+RAW_ROW = gl.constexpr(gl.SliceLayout(1, gl.SliceLayout(2, RAW.value)))
+RAW_GROUP = gl.constexpr(gl.SliceLayout(0, gl.SliceLayout(2, RAW.value)))
+RAW_WORD = gl.constexpr(gl.SliceLayout(0, gl.SliceLayout(1, RAW.value)))
+PAIRS = gl.constexpr(gl.BlockedLayout([1, 1, 8], [8, 1, 4], [2, 4, 1], [2, 1, 0]))
+PAIRS_GROUP = gl.constexpr(gl.SliceLayout(0, gl.SliceLayout(2, PAIRS.value)))
+# One part [half, row, 64], all of them, and the same bytes in 32-bit words.
+TILE = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 8, [2, 1, 0]))
+TILES = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 8, [3, 2, 1, 0]))
+TILES_WORDS = gl.constexpr(gl.SwizzledSharedLayout(4, 1, 8, [3, 2, 1, 0]))
+# The result [half, head, 256], and 16 bytes of it a thread.
+OUT = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 16, [2, 1, 0]))
+OUT_COPY = gl.constexpr(gl.BlockedLayout([1, 1, 8], [1, 1, 32], [2, 4, 1], [2, 1, 0]))
+OUT_HALF = gl.constexpr(gl.SliceLayout(1, gl.SliceLayout(2, OUT_COPY.value)))
+OUT_ROW = gl.constexpr(gl.SliceLayout(0, gl.SliceLayout(2, OUT_COPY.value)))
+OUT_COL = gl.constexpr(gl.SliceLayout(0, gl.SliceLayout(0, OUT_COPY.value)))
+FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+# Shares of scores [half, head, candidate], and those of one half: of a thread 16 bytes, then the
+# lanes, then its other 16 bytes and the warps.
+EXCHANGE_HALF = gl.constexpr(
+    gl.SharedLinearLayout(
+        [
+            *([0, 1], [8, 0]),
+            *([0, 2], [0, 4], [1, 0], [2, 0], [4, 0]),
+            *([0, 8], [16, 0], [32, 0]),
+        ],
+        [],
+        16,
+    )
+)
+EXCHANGE = gl.constexpr(
+    gl.SharedLinearLayout(
+        [
+            *([0, 0, 1], [0, 8, 0]),
+            *([0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 2, 0], [0, 4, 0]),
+            *([0, 0, 8], [0, 16, 0], [0, 32, 0], [1, 0, 0]),
+        ],
+        [],
+        16,
+    )
+)
+
+
+@gluon.jit
+def _columns():
+    """Where in a row its values are, [part, half, 1, 64]."""
+    part = gl.arange(0, PARTS, layout=COPY_PART)[:, None][:, :, None][:, :, :, None]
+    half = gl.arange(0, 2, layout=COPY_HALF)[None, :][:, :, None][:, :, :, None]
+    column = gl.arange(0, PART, layout=COPY_COL)[None, :][None, :, :][None, :, :, :]
+    return half * HALF + part * PART + column
+
+
+@gluon.jit
+def _of_rows(row):
+    """[row] as [1, 1, row, 1]."""
+    return row[None, :][None, :, :][:, :, :, None]
+
+
+@gluon.jit
+def _load_rows(
+    tile,
+    swa_tiles,
+    slot,
+    swa_ptr,
+    extra_ptr,
+    swa_page_stride,
+    extra_page_stride,
+    SWA_BLOCK: gl.constexpr,
+    EXTRA_BLOCK: gl.constexpr,
+    HAS_EXTRA: gl.constexpr,
+):
+    """Raw rows: scale words [BLOCK_N] and words [BLOCK_N, 4, 16] of both halves, the rest of RoPE.
+
+    In place of the high half's last group are words of RoPE, which has twice as many: 4 of each 8
+    there, and the other 4 in the rest.
+    """
+    words_ptr, page, scale_offset, row = find_rows(
+        tile, swa_tiles, slot, swa_ptr, extra_ptr, swa_page_stride, extra_page_stride,
+        SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA,
+    )  # fmt: skip
+    # Within a page in 32 bits: sums with the pointer would stay in registers, 64 bits each.
+    words_ptr += page // 4
+    valid = slot >= 0
+    scales_ptr = words_ptr + (scale_offset + row * GROUPS) // 4
+    low_scale = gl.load(scales_ptr, mask=valid, other=ONES)
+    high_scale = gl.load(scales_ptr + 1, mask=valid, other=ONES)
+    group = gl.arange(0, HALF_GROUPS, layout=RAW_GROUP)[None, :][:, :, None]
+    word = gl.arange(0, GROUP_WORDS, layout=RAW_WORD)[None, :][:, None, :]
+    valid = valid[:, None][:, :, None]
+    words_ptr = words_ptr[:, None][:, :, None]
+    row = (row * (DATA_BYTES // 4))[:, None][:, :, None]
+    low = gl.load(words_ptr + (row + (group * GROUP_WORDS + word)), mask=valid, other=0)
+    # Word 4 c + j of RoPE's group is word 8 c + j of RoPE, and of the rest word 8 c + 4 + j.
+    is_rope = group == HALF_GROUPS - 1
+    at = (group + HALF_GROUPS) * GROUP_WORDS + word + gl.where(is_rope, word // 4 * 4, 0)
+    at = gl.max_contiguous(gl.multiple_of(at, [1, 1, 4]), [1, 1, 4])
+    high = gl.load(words_ptr + (row + at), mask=valid, other=0)
+    rest = gl.load(words_ptr + (row + at + 4), mask=valid & is_rope, other=0)
+    return low_scale, low, high_scale, high, rest
+
+
+@gluon.jit
+def _pairs(words, scale):
+    """bf16 pairs [BLOCK_N, 4, 32] of a half's raw words."""
+    byte = (scale[:, None] >> (gl.arange(0, HALF_GROUPS, layout=RAW_GROUP) * 8)[None, :]) & 0xFF
+    pairs = unpack_e4m3(words, byte[:, :, None])
+    return gl.convert_layout(gl.reshape(pairs, (BLOCK_N, HALF_GROUPS, 2 * GROUP_WORDS)), PAIRS)
+
+
+@gluon.jit
+def _store_rows(k_words, low_scale, low, high_scale, high, rest):
+    """Dequantise a tile into shared memory, words [part, half, BLOCK_N, 32]: a part is a group."""
+    low = _pairs(low, low_scale)
+    pairs = _pairs(high, high_scale)
+    quads: gl.constexpr = (BLOCK_N, HALF_GROUPS, 4, 4)
+    # [row, group, c, j, which]
+    rope = gl.join(gl.reshape(high, quads), gl.reshape(rest, quads))
+    rope = gl.reshape(gl.permute(rope, (0, 1, 2, 4, 3)), (BLOCK_N, HALF_GROUPS, 2 * GROUP_WORDS))
+    rope = gl.convert_layout(rope, PAIRS)
+    is_rope = gl.arange(0, HALF_GROUPS, layout=PAIRS_GROUP) == HALF_GROUPS - 1
+    high = gl.where(is_rope[None, :][:, :, None], rope, pairs)
+    k_words.store(gl.permute(gl.join(low, high), (1, 3, 0, 2)))
+
+
+@gluon.jit
+def _copy_rows(k_copies, bias, request_ptr, position, rows):
+    """Copy a tile's unpacked rows to shared memory, in a group of copies, and store its bias."""
+    valid = (position >= 0) & (position < rows)
+    row = gl.where(valid, position, 0).to(gl.int64) * HEAD_DIM
+    async_copy.async_copy_global_to_shared(k_copies, request_ptr + (_of_rows(row) + _columns()))
+    async_copy.commit_group()
+    bias.store(gl.where(valid, 0.0, MASKED))
+
+
+@gluon.jit
+def _multiply(q, k_parts, buffer):
+    """Shares [half, head, BLOCK_N] of the scores of the tile that is in a buffer."""
+    s = gl.full([2, BLOCK_H, BLOCK_N], 0.0, gl.float32, layout=MMA)
+    for i in gl.static_range(PARTS):
+        s = mma_v2(q[i], k_parts.index(buffer * PARTS + i).permute((0, 2, 1)).load(K_OPERAND), s)
+    return s
+
+
+@gluon.jit
+def _attend(s, running_max, running_sum, acc, k_parts, buffer):
+    """Add a buffer's tile, of which S are the scaled and masked scores, to the online softmax."""
+    new_max = gl.maximum(running_max, gl.max(s, 1))
+    rescale = gl.exp2(running_max - new_max)
+    p = gl.exp2(s - gl.maximum(new_max, MASKED / 2)[:, None])  # 0 where the bias is MASKED
+    # A thread's own share of each row; the threads' are added at the end.
+    share = gl.sum(gl.sum(gl.reshape(p, (BLOCK_H, BLOCK_N // 8, 4, 2)), 3), 1)
+    share = gl.convert_layout(share, SHARES)
+    factor = gl.convert_layout(rescale, SHARES_ROW)
+    running_sum = running_sum * factor[:, None] + share
+    p = gl.convert_layout(p.to(gl.bfloat16), SCORES)[None, :, :]
+    p = gl.broadcast(p, gl.full([2, BLOCK_H, BLOCK_N], 0.0, gl.bfloat16, layout=MMA))[0]
+    p = gl.convert_layout(p, Q_OPERAND)
+    rescale = rescale[:, None][None, :, :]
+    parts = ()
+    for i in gl.static_range(PARTS):
+        parts = parts + (
+            mma_v2(p, k_parts.index(buffer * PARTS + i).load(K_OPERAND), acc[i] * rescale),
+        )
+    return new_max, running_sum, parts
+
+
+@gluon.jit(do_not_specialize=RUNTIME_SIZES, do_not_specialize_on_alignment=SCALAR_LOADS)
+def sparse_mla_mma_kernel(
+    q_ptr,
+    swa_ptr,
+    swa_indices_ptr,
+    swa_lens_ptr,
+    extra_ptr,
+    extra_indices_ptr,
+    extra_lens_ptr,
+    table_ptr,
+    request_ids_ptr,
+    unpacked_lens_ptr,
+    sink_ptr,
+    out_ptr,
+    lse_ptr,
+    softmax_scale,
+    num_heads,
+    swa_width,
+    extra_width,
+    table_width,
+    unpacked_width,
+    q_stride_t,
+    q_stride_h,
+    swa_page_stride,
+    swa_indices_stride,
+    extra_page_stride,
+    extra_indices_stride,
+    table_stride,
+    out_stride_t,
+    out_stride_s,
+    out_stride_h,
+    lse_stride_t,
+    lse_stride_s,
+    num_splits,
+    SWA_BLOCK: gl.constexpr,
+    EXTRA_BLOCK: gl.constexpr,
+    HAS_SWA_LENS: gl.constexpr,
+    HAS_EXTRA: gl.constexpr,
+    HAS_EXTRA_LENS: gl.constexpr,
+    HAS_TABLE: gl.constexpr,
+    UNPACKED: gl.constexpr,
+    HAS_SINK: gl.constexpr,
+    HAS_LSE: gl.constexpr,
+    PARTIAL: gl.constexpr,
+):
+    """One query token, 64 heads, one split of its candidates; as `sparse_mla_kernel`."""
+    token, first_head = token_and_head(num_heads, BLOCK_H, False)
+    split = gl.program_id(1)
+    swa_len, extra_len, swa_tiles, num_tiles = lengths(
+        token, swa_lens_ptr, extra_lens_ptr, swa_width, extra_width,
+        BLOCK_N, HAS_SWA_LENS, HAS_EXTRA, HAS_EXTRA_LENS, UNPACKED,
+    )  # fmt: skip
+    swa_row_ptr = swa_indices_ptr + token * swa_indices_stride
+    extra_row_ptr = extra_indices_ptr + token * extra_indices_stride
+    table_row_ptr = table_ptr
+    if HAS_TABLE:
+        table_row_ptr = table_ptr + gl.load(request_ids_ptr + token).to(gl.int64) * table_stride
+
+    per_split = gl.cdiv(num_tiles, num_splits)
+    first = split * per_split
+    last = gl.minimum(first + per_split, num_tiles)
+
+    # Q by way of shared memory, which is K's afterwards.
+    h = first_head + gl.arange(0, BLOCK_H, layout=COPY_ROW)
+    q_memory = gl.allocate_shared_memory(gl.bfloat16, [PARTS, 2, BLOCK_H, PART], TILE)
+    async_copy.async_copy_global_to_shared(
+        q_memory._reinterpret(gl.bfloat16, [PARTS, 2, BLOCK_H, PART], TILES),
+        q_ptr + token * q_stride_t + (_of_rows(h * q_stride_h) + _columns()),
+        mask=_of_rows(h < num_heads),
+    )
+    async_copy.commit_group()
+    async_copy.wait_group(0)
+    barrier()
+    q = (
+        q_memory.index(0).load(Q_OPERAND),
+        q_memory.index(1).load(Q_OPERAND),
+        q_memory.index(2).load(Q_OPERAND),
+        q_memory.index(3).load(Q_OPERAND),
+    )
+
+    running_max = gl.full([BLOCK_H], MASKED, gl.float32, layout=SCORES_ROW)
+    running_sum = gl.full([BLOCK_H, 4], 0.0, gl.float32, layout=SHARES)
+    zero = gl.full([2, BLOCK_H, PART], 0.0, gl.float32, layout=MMA)
+    acc = (zero, zero, zero, zero)
+    scale_log2 = softmax_scale * LOG2E
+
+    # Parts of the three buffers, one after the other.
+    k_parts = gl.allocate_shared_memory(gl.bfloat16, [BUFFERS * PARTS, 2, BLOCK_N, PART], TILE)
+    k_copies = k_parts._reinterpret(gl.bfloat16, [BUFFERS, PARTS, 2, BLOCK_N, PART], TILES)
+    k_words = k_parts._reinterpret(gl.int32, [BUFFERS, PARTS, 2, BLOCK_N, PART // 2], TILES_WORDS)
+    exchange = gl.allocate_shared_memory(gl.float32, [2, BLOCK_H, BLOCK_N], EXCHANGE)
+    shares = exchange._reinterpret(gl.float32, [2, BLOCK_H, BLOCK_N], EXCHANGE_HALF)
+    # For each candidate 0 or MASKED, of the tile that is attended to and of those on their way.
+    biases = gl.allocate_shared_memory(gl.float32, [4, BLOCK_N], FLAT)
+
+    slot = load_slots(
+        first, swa_tiles, swa_len, extra_len, swa_row_ptr, extra_row_ptr, table_row_ptr,
+        table_width, EXTRA_BLOCK, HAS_EXTRA, HAS_TABLE, BLOCK_N, RAW_ROW,
+    )  # fmt: skip
+    next_slot = load_slots(
+        first + 1, swa_tiles, swa_len, extra_len, swa_row_ptr, extra_row_ptr, table_row_ptr,
+        table_width, EXTRA_BLOCK, HAS_EXTRA, HAS_TABLE, BLOCK_N, RAW_ROW,
+    )  # fmt: skip
+    low_scale, low, high_scale, high, rest = _load_rows(
+        first, swa_tiles, slot, swa_ptr, extra_ptr, swa_page_stride, extra_page_stride,
+        SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA,
+    )  # fmt: skip
+    barrier()
+    biases.index(first & 3).store(gl.where(slot >= 0, 0.0, MASKED))
+    _store_rows(k_words.index(0), low_scale, low, high_scale, high, rest)
+    low_scale, low, high_scale, high, rest = _load_rows(
+        first + 1, swa_tiles, next_slot, swa_ptr, extra_ptr, swa_page_stride, extra_page_stride,
+        SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA,
+    )  # fmt: skip
+    biases.index((first + 1) & 3).store(gl.where(next_slot >= 0, 0.0, MASKED))
+    _store_rows(k_words.index(1), low_scale, low, high_scale, high, rest)
+    slot = load_slots(
+        first + 2, swa_tiles, swa_len, extra_len, swa_row_ptr, extra_row_ptr, table_row_ptr,
+        table_width, EXTRA_BLOCK, HAS_EXTRA, HAS_TABLE, BLOCK_N, RAW_ROW,
+    )  # fmt: skip
+    low_scale, low, high_scale, high, rest = _load_rows(
+        first + 2, swa_tiles, slot, swa_ptr, extra_ptr, swa_page_stride, extra_page_stride,
+        SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA,
+    )  # fmt: skip
+    biases.index((first + 2) & 3).store(gl.where(slot >= 0, 0.0, MASKED))
+    barrier()
+    exchange.store(_multiply(q, k_parts, 0))
+    slot = load_slots(
+        first + 3, swa_tiles, swa_len, extra_len, swa_row_ptr, extra_row_ptr, table_row_ptr,
+        table_width, EXTRA_BLOCK, HAS_EXTRA, HAS_TABLE, BLOCK_N, RAW_ROW,
+    )  # fmt: skip
+
+    buffer = 0
+    for tile in range(first, last):
+        # The raw rows of tile + 2 are here, and the slots of tile + 3.
+        after = gl.where(buffer == BUFFERS - 1, 0, buffer + 1)
+        then = gl.where(after == BUFFERS - 1, 0, after + 1)
+        barrier()
+        _store_rows(k_words.index(then), low_scale, low, high_scale, high, rest)
+        s = shares.index(0).load(SCORES) + shares.index(1).load(SCORES)
+        s = s * scale_log2 + biases.index(tile & 3).load(SCORES_COL)[None, :]
+        low_scale, low, high_scale, high, rest = _load_rows(
+            tile + 3, swa_tiles, slot, swa_ptr, extra_ptr, swa_page_stride, extra_page_stride,
+            SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA,
+        )  # fmt: skip
+        next_s = _multiply(q, k_parts, after)
+        running_max, running_sum, acc = _attend(s, running_max, running_sum, acc, k_parts, buffer)
+        exchange.store(next_s)
+        biases.index((tile + 3) & 3).store(gl.where(slot >= 0, 0.0, MASKED))
+        slot = load_slots(
+            tile + 4, swa_tiles, swa_len, extra_len, swa_row_ptr, extra_row_ptr, table_row_ptr,
+            table_width, EXTRA_BLOCK, HAS_EXTRA, HAS_TABLE, BLOCK_N, RAW_ROW,
+        )  # fmt: skip
+        buffer = after
+
+    if UNPACKED:
+        request = gl.load(request_ids_ptr + token)
+        rows = gl.minimum(gl.load(unpacked_lens_ptr + request), unpacked_width)
+        request_ptr = extra_ptr + request.to(gl.int64) * extra_page_stride
+        barrier()
+        position = load_positions(0, extra_row_ptr, extra_len, BLOCK_N, COPY_ROW)
+        _copy_rows(k_copies.index(buffer), biases.index(buffer), request_ptr, position, rows)
+        after = gl.where(buffer == BUFFERS - 1, 0, buffer + 1)
+        position = load_positions(BLOCK_N, extra_row_ptr, extra_len, BLOCK_N, COPY_ROW)
+        _copy_rows(k_copies.index(after), biases.index(after), request_ptr, position, rows)
+        position = load_positions(2 * BLOCK_N, extra_row_ptr, extra_len, BLOCK_N, COPY_ROW)
+        async_copy.wait_group(1)
+        barrier()
+        exchange.store(_multiply(q, k_parts, buffer))
+        for start in range(0, extra_len, BLOCK_N):
+            # Copies of the next tile are on their way, and the positions of that after it are here.
+            after = gl.where(buffer == BUFFERS - 1, 0, buffer + 1)
+            then = gl.where(after == BUFFERS - 1, 0, after + 1)
+            async_copy.wait_group(0)
+            barrier()
+            s = shares.index(0).load(SCORES) + shares.index(1).load(SCORES)
+            s = s * scale_log2 + biases.index(buffer).load(SCORES_COL)[None, :]
+            _copy_rows(k_copies.index(then), biases.index(then), request_ptr, position, rows)
+            position = load_positions(
+                start + 3 * BLOCK_N, extra_row_ptr, extra_len, BLOCK_N, COPY_ROW
+            )
+            next_s = _multiply(q, k_parts, after)
+            running_max, running_sum, acc = _attend(
+                s, running_max, running_sum, acc, k_parts, buffer
+            )
+            exchange.store(next_s)
+            buffer = after
+        async_copy.wait_group(0)
+
+    token, first_head = token_and_head(num_heads, BLOCK_H, True)
+    running_sum = gl.convert_layout(gl.sum(running_sum, 1), SCORES_ROW)
+    head = first_head + gl.arange(0, BLOCK_H, layout=SCORES_ROW)
+    inverse, lse = weigh(head, num_heads, running_max, running_sum, sink_ptr, HAS_SINK, PARTIAL)
+    if HAS_LSE and not PARTIAL:
+        gl.store(lse_ptr + token * lse_stride_t + head, lse * LN2, mask=head < num_heads)
+    inverse = inverse[:, None][None, :, :]
+    if PARTIAL:
+        # A split without candidates leaves its row unwritten: the merge reads it by its LSE only.
+        write = (head < num_heads) & (running_max > MASKED)
+        half = gl.arange(0, 2, layout=gl.SliceLayout(1, gl.SliceLayout(2, MMA)))
+        column = gl.arange(0, PART, layout=gl.SliceLayout(0, gl.SliceLayout(0, MMA)))
+        column = half[:, None][:, :, None] * HALF + column[None, :][None, :, :]
+        part_ptr = out_ptr + token * out_stride_t + split.to(gl.int64) * out_stride_s
+        part_ptrs = part_ptr + ((head * out_stride_h)[:, None][None, :, :] + column)
+        for i in gl.static_range(PARTS):
+            gl.store(part_ptrs + i * PART, acc[i] * inverse, mask=write[:, None][None, :, :])
+        lse_row_ptr = lse_ptr + token * lse_stride_t + split.to(gl.int64) * lse_stride_s
+        gl.store(lse_row_ptr + head, lse, mask=head < num_heads)
+    else:
+        # Through shared memory, for stores of 16 bytes. Not in Q's layout, of which the compiler
+        # would keep the addresses through the loops.
+        out_memory = gl.allocate_shared_memory(gl.bfloat16, [2, BLOCK_H, HALF], OUT)
+        for i in gl.static_range(PARTS):
+            out_memory.slice(i * PART, PART, dim=2).store((acc[i] * inverse).to(gl.bfloat16))
+        barrier()
+        half = gl.arange(0, 2, layout=OUT_HALF)[:, None][:, :, None]
+        d = half * HALF + gl.arange(0, HALF, layout=OUT_COL)[None, :][None, :, :]
+        h = first_head + gl.arange(0, BLOCK_H, layout=OUT_ROW)
+        out_ptrs = out_ptr + token * out_stride_t + ((h * out_stride_h)[None, :][:, :, None] + d)
+        gl.store(out_ptrs, out_memory.load(OUT_COPY), mask=(h < num_heads)[None, :][:, :, None])
