@@ -162,8 +162,9 @@ KNOBS: tuple[Knob, ...] = (
         default_text="auto",
         allowed="auto, 1, 2 or 4",
         parse=_one_of({"auto": None, "1": 1, "2": 2, "4": 4}),
-        help="Heads of one decode program, in units of one 16-head MMA tile. Auto: 1 for "
-        "single-token decode, 2 for small batches, 4 for larger ones.",
+        help="Heads of one program, in units of one 16-head MMA tile. Auto: 1 for single-token "
+        "decode, 2 for small batches, 4 for larger ones and prefill, which is then a kernel in "
+        "Gluon. With a number it is one in Triton.",
     ),
     Knob(
         name="VLLM_TRITON_MLA_SPARSE_DUMP",

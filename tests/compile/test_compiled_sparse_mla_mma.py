@@ -15,8 +15,8 @@ from vllm_sm12x.ops.sparse_mla.spec import SparseMlaShape, sparse_mla_inputs
 # By import_module: the package's attribute of that name is the function.
 sparse_mla_module = importlib.import_module("vllm_sm12x.ops.sparse_mla")
 
-# Q, and the result; K and the scores fit in the same memory.
-SHARED_MEMORY_BYTES = 65_536
+# Q, or the result, or K and the scores; the packed rows of two tiles; biases and positions.
+SHARED_MEMORY_BYTES = 65_536 + 2 * (3 * 4_096 + 128) + 512 + 128
 MMA = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
 # Of a warp and tile, 16 heads: Q K^T of 16 candidates and P K, both of 256 columns.
 MMAS = 2 * 16 + 32
@@ -99,8 +99,9 @@ CASES = [
 
 
 def allowed_stack(case: MmaCase) -> int:
-    """Bytes. From 3.7 on Triton restricts ptxas, which then may keep an address on the stack."""
-    return 8 if triton.__version__ >= "3.7" and case.arch >= 120 else 0
+    """Bytes. From 3.7 on Triton restricts ptxas, which then may keep addresses on the stack."""
+    # A Hopper GPU has a kernel of its own.
+    return 16 if case.arch == 90 or (triton.__version__ >= "3.7" and case.arch >= 120) else 0
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -118,7 +119,8 @@ def test_fits_sm12x(case, compiled):
     # Before each loop the scores of its first tile.
     assert attention.mma == {MMA: (MMAS + 32) * loops}
     assert attention.barriers == (BARRIERS,) * loops
-    assert set(attention.copies) == {128}, f"asynchronous copies by bits: {attention.copies}"
-    assert set(attention.loads) <= {32, 128}, f"loads by bits: {attention.loads}"
+    # Scales and positions are copied by 4 bytes, Q and rows by 16.
+    assert set(attention.copies) == {32, 128}, f"asynchronous copies by bits: {attention.copies}"
+    assert set(attention.loads) == {32}, f"loads by bits: {attention.loads}"
     for launch in launches:
         assert launch.local == 0 and launch.stack <= allowed_stack(case), "registers are spilled"

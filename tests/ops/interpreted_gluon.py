@@ -75,8 +75,12 @@ class Layout:
         pass
 
 
+# What nothing has been written to, as int32: NaN in bf16, and 480 and -2 in our e4m3.
+POISON = 0x7FC07FC0
+
+
 class SharedMemory:
-    """fp32 values; `in_words` takes two of them as one int32 word of bf16."""
+    """fp32 values, of which `in_words` takes two as one int32 word of bf16; or integers."""
 
     def __init__(self, values: np.ndarray, in_words: bool = False) -> None:
         self.values = values
@@ -96,8 +100,10 @@ class SharedMemory:
         return SharedMemory(self.values.transpose(order), self._in_words)
 
     def _reinterpret(self, dtype: Any, shape: Any, *_: Any) -> "SharedMemory":
-        in_words = dtype == tl.int32
         *sizes, width = _numbers(shape)
+        if dtype == tl.uint8:
+            return SharedMemory(self.values.view(np.uint8).reshape(*sizes, width))
+        in_words = dtype == tl.int32
         return SharedMemory(self.values.reshape(*sizes, width << in_words), in_words)
 
     def store(self, value: Any) -> None:
@@ -110,7 +116,12 @@ class SharedMemory:
         self.values[...] = stored
 
     def load(self, *_: Any) -> Any:
-        return _tensor(self.values.copy())
+        if self.values.dtype == np.float32:
+            return _tensor(self.values.copy())
+        dtype = {np.dtype(np.int32): tl.int32, np.dtype(np.uint8): tl.uint8}[self.values.dtype]
+        return tl.tensor(
+            TensorHandle(self.values.copy(), dtype), tl.block_type(dtype, list(self.values.shape))
+        )
 
 
 class AsyncCopy:
@@ -123,9 +134,12 @@ class AsyncCopy:
     def async_copy_global_to_shared(
         cls, memory: SharedMemory, pointers: Any, mask: Any = None
     ) -> None:
-        value = tl.load(pointers) if mask is None else tl.load(pointers, mask=mask, other=0.0)
-        cls._groups[-1].append((memory, value.to(tl.float32).handle.data.copy()))
-        memory.values[...] = np.nan
+        value = tl.load(pointers) if mask is None else tl.load(pointers, mask=mask, other=0)
+        in_floats = memory.values.dtype == np.float32
+        value = value.to(tl.float32 if in_floats else tl.int32).handle.data.copy()
+        assert value.shape == memory.values.shape
+        cls._groups[-1].append((memory, value))
+        memory.values[...] = np.nan if in_floats else POISON
 
     @classmethod
     def commit_group(cls) -> None:
@@ -282,7 +296,9 @@ def _numbers(shape: Iterable[Any]) -> list[int]:
 
 language = _module(
     "triton.experimental.gluon.language",
-    **{name: getattr(tl, name) for name in ("constexpr", "pointer_type", "int32", "int64")},
+    **{
+        name: getattr(tl, name) for name in ("constexpr", "pointer_type", "int32", "int64", "uint8")
+    },
     **dict.fromkeys(("float32", "bfloat16"), tl.float32),
     **{
         name: _of_triton(name)
@@ -308,7 +324,9 @@ language = _module(
     max_contiguous=lambda tensor, values: tensor,
     static_range=lambda *ends: range(*_numbers(ends)),
     allocate_shared_memory=lambda dtype, shape, layout: SharedMemory(
-        np.full(_numbers(shape), np.nan, np.float32)
+        np.full(_numbers(shape), POISON, np.int32)
+        if dtype == tl.int32
+        else np.full(_numbers(shape), np.nan, np.float32)
     ),
     inline_asm_elementwise=inline_asm_elementwise,
 )  # fmt: skip

@@ -88,23 +88,22 @@ CONFIGS = {
     # 82 KiB (98): one dequantisation for 64 heads.
     4: LaunchConfig(block_h=64, block_n=16, num_warps=8, stages=3),
 }
-# For more heads than the tile of 32 has: 64 KiB, Q in registers.
+# For more heads than the tile of 32 has: 89 KiB, Q in registers.
 MMA = LaunchConfig(block_h=64, block_n=16, num_warps=8, kernel=Kernel.MMA)
-# Whether MMA is taken where it can be. No GPU has timed it yet.
-TAKE_MMA = True
 # The same on a GPU with wgmma.
 HOPPER = LaunchConfig(block_h=64, block_n=64, num_warps=8, kernel=Kernel.HOPPER)
 # Where each multiprocessor has one program, and where it has two at a time. Those of CONFIGS are
 # fitted to an H200 that runs the code and has the shared memory of SM12x (benchmarks/README.md,
 # "As SM12x would run it"), 16 to 128 heads, 1 to 512 tokens, 128 to 1,152 candidates: the plan is
-# within 4 % of the best one measured. That of HOPPER is fitted natively to an H100, 64 and 128
-# heads, 1 to 512 tokens, 128 to 1,792 candidates: 0.5 % from the best in the mean, 13 % at most.
+# within 4 % of the best one measured. That of MMA is fitted to another one, 64 and 128 heads, up to
+# 1,792 candidates: beside the others, whose plan it may leave, 4 % from the best at most. That of
+# HOPPER is fitted natively to an H100, to the same shapes: 0.5 % from the best in the mean, 13 % at
+# most.
 PACES = {
     CONFIGS[1]: (Pace(4.5, 1.2), Pace(4.8, 2.0)),
     CONFIGS[2]: (Pace(4.9, 1.36), Pace(7.8, 2.06)),
     CONFIGS[4]: (Pace(9.0, 1.87),),
-    # Not measured: that of CONFIGS[4].
-    MMA: (Pace(9.0, 1.87),),
+    MMA: (Pace(11.5, 1.06),),
     HOPPER: (Pace(6.0, 3.1),),
 }
 # The merge kernel, and what of it each MB of partial results takes.
@@ -185,7 +184,7 @@ def _configs(heads: int, policy: LaunchPolicy, mma: bool, wgmma: bool) -> list[L
     if configs[-1] is CONFIGS[4]:
         if wgmma and policy.wgmma:
             configs[-1] = HOPPER
-        elif mma and policy.mma and TAKE_MMA:
+        elif mma and policy.mma:
             configs[-1] = MMA
     return configs
 

@@ -102,23 +102,62 @@ def load_slots(
     ROW: gl.constexpr,
 ):
     """The global slots of one tile's candidates, int32 [BLOCK_N]; negative where there is none."""
-    in_extra = tile >= swa_tiles
+    entry = load_entries(
+        tile, tile + 1, swa_tiles, swa_len, extra_len, swa_indices_ptr, extra_indices_ptr,
+        HAS_EXTRA, BLOCK_N, ROW,
+    )  # fmt: skip
+    return find_slots(
+        tile, swa_tiles, entry, table_ptr, table_width, EXTRA_BLOCK, HAS_EXTRA, HAS_TABLE
+    )
+
+
+@gluon.jit
+def load_entries(
+    tile,
+    last,
+    swa_tiles,
+    swa_len,
+    extra_len,
+    swa_indices_ptr,
+    extra_indices_ptr,
+    HAS_EXTRA: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    ROW: gl.constexpr,
+):
+    """What a tile's lists have, int32 [BLOCK_N]; negative for nothing, and from tile `last` on."""
     n = tile * BLOCK_N + gl.arange(0, BLOCK_N, layout=ROW)
     limit = swa_len
     indices_ptr = swa_indices_ptr
     if HAS_EXTRA:
+        in_extra = tile >= swa_tiles
         n -= gl.where(in_extra, swa_tiles * BLOCK_N, 0)
         limit = gl.where(in_extra, extra_len, swa_len)
         indices_ptr = gl.where(in_extra, extra_indices_ptr, swa_indices_ptr)
-    listed = n < limit
-    slot = gl.load(indices_ptr + gl.where(listed, n, 0), mask=listed, other=-1)
+    listed = n < gl.where(tile < last, limit, 0)
+    return gl.load(indices_ptr + gl.where(listed, n, 0), mask=listed, other=-1)
+
+
+@gluon.jit
+def find_slots(
+    tile,
+    swa_tiles,
+    entry,
+    table_ptr,
+    table_width,
+    EXTRA_BLOCK: gl.constexpr,
+    HAS_EXTRA: gl.constexpr,
+    HAS_TABLE: gl.constexpr,
+):
+    """The global slots of a tile's entries; extra ones are positions where there is a table."""
+    slot = entry
     if HAS_EXTRA and HAS_TABLE:
-        position = gl.maximum(slot, 0)
+        in_extra = tile >= swa_tiles
+        position = gl.maximum(entry, 0)
         page = position // EXTRA_BLOCK
-        known = in_extra & (slot >= 0) & (page < table_width)
+        known = in_extra & (entry >= 0) & (page < table_width)
         page = gl.load(table_ptr + gl.where(known, page, 0), mask=known, other=-1)
         mapped = gl.where(page < 0, -1, page * EXTRA_BLOCK + position % EXTRA_BLOCK)
-        slot = gl.where(in_extra, mapped, slot)
+        slot = gl.where(in_extra, mapped, entry)
     return slot
 
 

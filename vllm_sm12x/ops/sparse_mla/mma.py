@@ -7,15 +7,18 @@ over candidates waits for. Here Q stays in registers (README.md, "Q in registers
 64 heads by 16 candidates, 8 warps: 4 groups of 16 heads, times 2 halves of a row. A warp has Q and
 O of its 16 heads and 256 columns, in 64 and 128 registers of a thread. Its scores are a share, of
 its half of each row; the two warps of a group add theirs through shared memory, and both compute
-the same P. K [2 halves, 16, 256] in bf16 has three buffers, so that one tile's softmax is beside
-the next one's Q K^T:
+the same P. K [2 halves, 16, 256] in bf16 has three buffers, and the packed rows that it is made of
+have two:
 
+    wait for the packed rows of tile i+2
     barrier
-    store K(i+2)           S of tile i: both shares, scaled, + bias
-    load the raw rows of tile i+3
+    S of tile i: both shares, scaled, + bias
+    K(i+2) from the packed rows
     barrier (Triton's)
-    shares of Q K(i+1)     softmax of tile i, O += P K(i)
-    store the shares       bias of tile i+3, slots of tile i+4
+    copy the packed rows of tile i+4; bias of tile i+4, slots of tile i+5
+    softmax of tile i
+    O += P K(i), and among its MMAs those of the shares of Q K(i+1)
+    store the shares
 
 Constraints, please keep them when editing:
 - Every register is taken, and since Triton 3.7 ptxas keeps on the stack what it finds no room for,
@@ -23,11 +26,12 @@ Constraints, please keep them when editing:
   in another layout than Q came, or addresses would be kept from one to the other. The place in the
   grid is worked out again at the end. Order matters: look at every release (tests/compile).
 - Triton knows an allocation, not the part of it that is used: its barrier between the store of
-  K(i+2) and the loads of K(i+1) is not needed for K. It is what keeps the shares of tile i until
-  all warps have read them.
+  K(i+2) and the loads of K(i+1) is not needed for K. It is what keeps the shares of tile i and the
+  packed rows of tile i+2 until all warps have read them.
 - A tile's rows are stored by one store, and copied by one copy: between two Triton puts a barrier.
-- The exchange has 16 bytes of a thread side by side, and those of a warp's threads in their order:
-  stores and loads of 16 bytes without bank conflicts.
+- What a turn loads for the next one must not be moved to another register: it would be waited for.
+- The exchange and the packed rows have 16 bytes of a thread side by side, and those of a warp's
+  threads in their order: loads and stores of 16 bytes without bank conflicts.
 - As in kernel.py, masked lanes have addresses inside the tensor, and the arguments are the same.
 """
 
@@ -45,9 +49,10 @@ from vllm_sm12x.ops.sparse_mla.gluon_parts import (
     MASKED,
     barrier,
     find_rows,
+    find_slots,
     lengths,
+    load_entries,
     load_positions,
-    load_slots,
     token_and_head,
     unpack_e4m3,
     weigh,
@@ -57,11 +62,12 @@ from vllm_sm12x.ops.sparse_mla.kernel import RUNTIME_SIZES, SCALAR_LOADS
 BLOCK_H = gl.constexpr(64)
 BLOCK_N = gl.constexpr(16)
 HALF = gl.constexpr(256)
-# UE8M0 bytes of 1.0.
-ONES = gl.constexpr(0x7F7F7F7F)
 # Groups of a half; the last one of the high half is RoPE's.
 HALF_GROUPS = gl.constexpr(4)
 BUFFERS = gl.constexpr(3)
+# Of packed rows, and so many tiles have their slots before the first is attended to.
+RAW_BUFFERS = gl.constexpr(2)
+LEAD = gl.constexpr(5)
 # Of Q and O, each of 64 columns of both halves.
 PARTS = gl.constexpr(4)
 PART = gl.constexpr(64)
@@ -95,6 +101,8 @@ RAW = gl.constexpr(gl.BlockedLayout([1, 1, 4], [8, 1, 4], [2, 4, 1], [2, 1, 0]))
 RAW_ROW = gl.constexpr(gl.SliceLayout(1, gl.SliceLayout(2, RAW.value)))
 RAW_GROUP = gl.constexpr(gl.SliceLayout(0, gl.SliceLayout(2, RAW.value)))
 RAW_WORD = gl.constexpr(gl.SliceLayout(0, gl.SliceLayout(1, RAW.value)))
+RAW_ROW_GROUP = gl.constexpr(gl.SliceLayout(2, RAW.value))
+SCALE_WORD = gl.constexpr(gl.SliceLayout(0, gl.SliceLayout(2, RAW.value)))
 PAIRS = gl.constexpr(gl.BlockedLayout([1, 1, 8], [8, 1, 4], [2, 4, 1], [2, 1, 0]))
 PAIRS_GROUP = gl.constexpr(gl.SliceLayout(0, gl.SliceLayout(2, PAIRS.value)))
 # One part [half, row, 64], all of them, and the same bytes in 32-bit words.
@@ -108,6 +116,19 @@ OUT_HALF = gl.constexpr(gl.SliceLayout(1, gl.SliceLayout(2, OUT_COPY.value)))
 OUT_ROW = gl.constexpr(gl.SliceLayout(0, gl.SliceLayout(2, OUT_COPY.value)))
 OUT_COL = gl.constexpr(gl.SliceLayout(0, gl.SliceLayout(0, OUT_COPY.value)))
 FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+# Raw words in the order of the threads of RAW, and scale bytes [row, 8] in 32-bit words.
+RAW_MEMORY = gl.constexpr(
+    gl.SharedLinearLayout(
+        [
+            *([0, 0, 1], [0, 0, 2]),
+            *([0, 0, 4], [0, 0, 8], [1, 0, 0], [2, 0, 0], [4, 0, 0]),
+            *([0, 1, 0], [0, 2, 0], [8, 0, 0]),
+        ],
+        [],
+        16,
+    )
+)
+SCALES = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 # Shares of scores [half, head, candidate], and those of one half: of a thread 16 bytes, then the
 # lanes, then its other 16 bytes and the warps.
 EXCHANGE_HALF = gl.constexpr(
@@ -150,7 +171,39 @@ def _of_rows(row):
 
 
 @gluon.jit
-def _load_rows(
+def _first_entries(
+    first, last, swa_tiles, swa_len, extra_len, swa_indices_ptr, extra_indices_ptr, HAS_EXTRA
+):
+    """What the lists have for the first tiles. All are asked for before one is waited for."""
+    entries = ()
+    for i in gl.static_range(LEAD + 1):
+        entry = load_entries(
+            first + i, last, swa_tiles, swa_len, extra_len, swa_indices_ptr, extra_indices_ptr,
+            HAS_EXTRA, BLOCK_N, RAW_ROW,
+        )  # fmt: skip
+        entries = entries + (entry,)
+    return entries
+
+
+@gluon.jit
+def _first_slots(
+    first, swa_tiles, entries, table_ptr, table_width, EXTRA_BLOCK, HAS_EXTRA, HAS_TABLE
+):
+    """The global slots of all entries but the last."""
+    slots = ()
+    for i in gl.static_range(LEAD):
+        slot = find_slots(
+            first + i, swa_tiles, entries[i], table_ptr, table_width,
+            EXTRA_BLOCK, HAS_EXTRA, HAS_TABLE,
+        )  # fmt: skip
+        slots = slots + (slot,)
+    return slots
+
+
+@gluon.jit
+def _copy_raw(
+    memory,
+    buffer,
     tile,
     swa_tiles,
     slot,
@@ -162,11 +215,12 @@ def _load_rows(
     EXTRA_BLOCK: gl.constexpr,
     HAS_EXTRA: gl.constexpr,
 ):
-    """Raw rows: scale words [BLOCK_N] and words [BLOCK_N, 4, 16] of both halves, the rest of RoPE.
+    """Copy a tile's packed rows to a buffer of `memory`, in a group of copies; zeros for no row.
 
     In place of the high half's last group are words of RoPE, which has twice as many: 4 of each 8
     there, and the other 4 in the rest.
     """
+    low, high, rest, scales = memory
     words_ptr, page, scale_offset, row = find_rows(
         tile, swa_tiles, slot, swa_ptr, extra_ptr, swa_page_stride, extra_page_stride,
         SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA,
@@ -174,55 +228,71 @@ def _load_rows(
     # Within a page in 32 bits: sums with the pointer would stay in registers, 64 bits each.
     words_ptr += page // 4
     valid = slot >= 0
-    scales_ptr = words_ptr + (scale_offset + row * GROUPS) // 4
-    low_scale = gl.load(scales_ptr, mask=valid, other=ONES)
-    high_scale = gl.load(scales_ptr + 1, mask=valid, other=ONES)
+    scale = (scale_offset + row * GROUPS) // 4
+    scale = scale[:, None] + gl.arange(0, 2, layout=SCALE_WORD)[None, :]
+    async_copy.async_copy_global_to_shared(
+        scales.index(buffer), words_ptr[:, None] + scale, mask=valid[:, None]
+    )
     group = gl.arange(0, HALF_GROUPS, layout=RAW_GROUP)[None, :][:, :, None]
     word = gl.arange(0, GROUP_WORDS, layout=RAW_WORD)[None, :][:, None, :]
     valid = valid[:, None][:, :, None]
     words_ptr = words_ptr[:, None][:, :, None]
     row = (row * (DATA_BYTES // 4))[:, None][:, :, None]
-    low = gl.load(words_ptr + (row + (group * GROUP_WORDS + word)), mask=valid, other=0)
+    async_copy.async_copy_global_to_shared(
+        low.index(buffer), words_ptr + (row + (group * GROUP_WORDS + word)), mask=valid
+    )
     # Word 4 c + j of RoPE's group is word 8 c + j of RoPE, and of the rest word 8 c + 4 + j.
     is_rope = group == HALF_GROUPS - 1
     at = (group + HALF_GROUPS) * GROUP_WORDS + word + gl.where(is_rope, word // 4 * 4, 0)
     at = gl.max_contiguous(gl.multiple_of(at, [1, 1, 4]), [1, 1, 4])
-    high = gl.load(words_ptr + (row + at), mask=valid, other=0)
-    rest = gl.load(words_ptr + (row + at + 4), mask=valid & is_rope, other=0)
-    return low_scale, low, high_scale, high, rest
+    async_copy.async_copy_global_to_shared(high.index(buffer), words_ptr + (row + at), mask=valid)
+    async_copy.async_copy_global_to_shared(
+        rest.index(buffer), words_ptr + (row + at + 4), mask=valid & is_rope
+    )
+    async_copy.commit_group()
 
 
 @gluon.jit
 def _pairs(words, scale):
-    """bf16 pairs [BLOCK_N, 4, 32] of a half's raw words."""
-    byte = (scale[:, None] >> (gl.arange(0, HALF_GROUPS, layout=RAW_GROUP) * 8)[None, :]) & 0xFF
-    pairs = unpack_e4m3(words, byte[:, :, None])
+    """bf16 pairs [BLOCK_N, 4, 32] of a half's raw words, and scale bytes [BLOCK_N, 4]."""
+    pairs = unpack_e4m3(words, scale.to(gl.int32)[:, :, None])
     return gl.convert_layout(gl.reshape(pairs, (BLOCK_N, HALF_GROUPS, 2 * GROUP_WORDS)), PAIRS)
 
 
 @gluon.jit
-def _store_rows(k_words, low_scale, low, high_scale, high, rest):
-    """Dequantise a tile into shared memory, words [part, half, BLOCK_N, 32]: a part is a group."""
-    low = _pairs(low, low_scale)
-    pairs = _pairs(high, high_scale)
+def _dequantise(k_words, memory, buffer):
+    """Dequantise a buffer's rows to words [part, half, BLOCK_N, 32]: a part is a group."""
+    low, high, rest, scales = memory
+    scales = scales._reinterpret(gl.uint8, [RAW_BUFFERS, BLOCK_N, GROUPS], SCALES).index(buffer)
+    low_scale = scales.slice(0, HALF_GROUPS, dim=1).load(RAW_ROW_GROUP)
+    high_scale = scales.slice(HALF_GROUPS, HALF_GROUPS, dim=1).load(RAW_ROW_GROUP)
+    low = _pairs(low.index(buffer).load(RAW), low_scale)
+    words = high.index(buffer).load(RAW)
+    pairs = _pairs(words, high_scale)
     quads: gl.constexpr = (BLOCK_N, HALF_GROUPS, 4, 4)
     # [row, group, c, j, which]
-    rope = gl.join(gl.reshape(high, quads), gl.reshape(rest, quads))
+    rope = gl.join(gl.reshape(words, quads), gl.reshape(rest.index(buffer).load(RAW), quads))
     rope = gl.reshape(gl.permute(rope, (0, 1, 2, 4, 3)), (BLOCK_N, HALF_GROUPS, 2 * GROUP_WORDS))
     rope = gl.convert_layout(rope, PAIRS)
     is_rope = gl.arange(0, HALF_GROUPS, layout=PAIRS_GROUP) == HALF_GROUPS - 1
-    high = gl.where(is_rope[None, :][:, :, None], rope, pairs)
-    k_words.store(gl.permute(gl.join(low, high), (1, 3, 0, 2)))
+    pairs = gl.where(is_rope[None, :][:, :, None], rope, pairs)
+    k_words.store(gl.permute(gl.join(low, pairs), (1, 3, 0, 2)))
 
 
 @gluon.jit
 def _copy_rows(k_copies, bias, request_ptr, position, rows):
-    """Copy a tile's unpacked rows to shared memory, in a group of copies, and store its bias."""
+    """Copy a tile's unpacked rows to shared memory, and store its bias."""
     valid = (position >= 0) & (position < rows)
     row = gl.where(valid, position, 0).to(gl.int64) * HEAD_DIM
     async_copy.async_copy_global_to_shared(k_copies, request_ptr + (_of_rows(row) + _columns()))
-    async_copy.commit_group()
     bias.store(gl.where(valid, 0.0, MASKED))
+
+
+@gluon.jit
+def _copy_positions(memory, first, indices_ptr, limit):
+    """Copy the entries of one index row from `first` on to shared memory."""
+    n = first + gl.arange(0, BLOCK_N, layout=COPY_ROW)
+    async_copy.async_copy_global_to_shared(memory, indices_ptr + n, mask=n < limit)
 
 
 @gluon.jit
@@ -235,8 +305,8 @@ def _multiply(q, k_parts, buffer):
 
 
 @gluon.jit
-def _attend(s, running_max, running_sum, acc, k_parts, buffer):
-    """Add a buffer's tile, of which S are the scaled and masked scores, to the online softmax."""
+def _tile_weights(s, running_max, running_sum):
+    """P of a tile's scaled and masked scores S, what O is to be rescaled by, and the new state."""
     new_max = gl.maximum(running_max, gl.max(s, 1))
     rescale = gl.exp2(running_max - new_max)
     p = gl.exp2(s - gl.maximum(new_max, MASKED / 2)[:, None])  # 0 where the bias is MASKED
@@ -247,14 +317,23 @@ def _attend(s, running_max, running_sum, acc, k_parts, buffer):
     running_sum = running_sum * factor[:, None] + share
     p = gl.convert_layout(p.to(gl.bfloat16), SCORES)[None, :, :]
     p = gl.broadcast(p, gl.full([2, BLOCK_H, BLOCK_N], 0.0, gl.bfloat16, layout=MMA))[0]
-    p = gl.convert_layout(p, Q_OPERAND)
-    rescale = rescale[:, None][None, :, :]
+    return gl.convert_layout(p, Q_OPERAND), rescale[:, None][None, :, :], new_max, running_sum
+
+
+@gluon.jit
+def _multiply_both(p, rescale, acc, q, k_parts, buffer, after):
+    """O with P K of a buffer's tile, and the shares of the scores of the tile after it.
+
+    MMAs of the shares, each of which waits for the last, stand among those of P K, which do not.
+    """
+    s = gl.full([2, BLOCK_H, BLOCK_N], 0.0, gl.float32, layout=MMA)
     parts = ()
     for i in gl.static_range(PARTS):
-        parts = parts + (
-            mma_v2(p, k_parts.index(buffer * PARTS + i).load(K_OPERAND), acc[i] * rescale),
-        )
-    return new_max, running_sum, parts
+        k = k_parts.index(after * PARTS + i).permute((0, 2, 1)).load(K_OPERAND)
+        s = mma_v2(q[i], k, s)
+        k = k_parts.index(buffer * PARTS + i).load(K_OPERAND)
+        parts = parts + (mma_v2(p, k, acc[i] * rescale),)
+    return parts, s
 
 
 @gluon.jit(do_not_specialize=RUNTIME_SIZES, do_not_specialize_on_alignment=SCALAR_LOADS)
@@ -328,7 +407,30 @@ def sparse_mla_mma_kernel(
         mask=_of_rows(h < num_heads),
     )
     async_copy.commit_group()
-    async_copy.wait_group(0)
+
+    # For each candidate 0 or MASKED, of the tile that is attended to and of the four after it.
+    biases = gl.allocate_shared_memory(gl.float32, [8, BLOCK_N], FLAT)
+    words: gl.constexpr = [RAW_BUFFERS, BLOCK_N, HALF_GROUPS, GROUP_WORDS]
+    raw = (
+        gl.allocate_shared_memory(gl.int32, words, RAW_MEMORY),
+        gl.allocate_shared_memory(gl.int32, words, RAW_MEMORY),
+        gl.allocate_shared_memory(gl.int32, words, RAW_MEMORY),
+        gl.allocate_shared_memory(gl.int32, [RAW_BUFFERS, BLOCK_N, 2], SCALES),
+    )
+    entries = _first_entries(
+        first, last, swa_tiles, swa_len, extra_len, swa_row_ptr, extra_row_ptr, HAS_EXTRA
+    )
+    slots = _first_slots(
+        first, swa_tiles, entries, table_row_ptr, table_width, EXTRA_BLOCK, HAS_EXTRA, HAS_TABLE
+    )
+    for i in gl.static_range(2):
+        _copy_raw(
+            raw, (first + i) & 1, first + i, swa_tiles, slots[i], swa_ptr, extra_ptr,
+            swa_page_stride, extra_page_stride, SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA,
+        )  # fmt: skip
+    for i in gl.static_range(4):
+        biases.index((first + i) & 7).store(gl.where(slots[i] >= 0, 0.0, MASKED))
+    async_copy.wait_group(2)
     barrier()
     q = (
         q_memory.index(0).load(Q_OPERAND),
@@ -349,103 +451,92 @@ def sparse_mla_mma_kernel(
     k_words = k_parts._reinterpret(gl.int32, [BUFFERS, PARTS, 2, BLOCK_N, PART // 2], TILES_WORDS)
     exchange = gl.allocate_shared_memory(gl.float32, [2, BLOCK_H, BLOCK_N], EXCHANGE)
     shares = exchange._reinterpret(gl.float32, [2, BLOCK_H, BLOCK_N], EXCHANGE_HALF)
-    # For each candidate 0 or MASKED, of the tile that is attended to and of those on their way.
-    biases = gl.allocate_shared_memory(gl.float32, [4, BLOCK_N], FLAT)
 
-    slot = load_slots(
-        first, swa_tiles, swa_len, extra_len, swa_row_ptr, extra_row_ptr, table_row_ptr,
-        table_width, EXTRA_BLOCK, HAS_EXTRA, HAS_TABLE, BLOCK_N, RAW_ROW,
-    )  # fmt: skip
-    next_slot = load_slots(
-        first + 1, swa_tiles, swa_len, extra_len, swa_row_ptr, extra_row_ptr, table_row_ptr,
-        table_width, EXTRA_BLOCK, HAS_EXTRA, HAS_TABLE, BLOCK_N, RAW_ROW,
-    )  # fmt: skip
-    low_scale, low, high_scale, high, rest = _load_rows(
-        first, swa_tiles, slot, swa_ptr, extra_ptr, swa_page_stride, extra_page_stride,
-        SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA,
-    )  # fmt: skip
-    barrier()
-    biases.index(first & 3).store(gl.where(slot >= 0, 0.0, MASKED))
-    _store_rows(k_words.index(0), low_scale, low, high_scale, high, rest)
-    low_scale, low, high_scale, high, rest = _load_rows(
-        first + 1, swa_tiles, next_slot, swa_ptr, extra_ptr, swa_page_stride, extra_page_stride,
-        SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA,
-    )  # fmt: skip
-    biases.index((first + 1) & 3).store(gl.where(next_slot >= 0, 0.0, MASKED))
-    _store_rows(k_words.index(1), low_scale, low, high_scale, high, rest)
-    slot = load_slots(
-        first + 2, swa_tiles, swa_len, extra_len, swa_row_ptr, extra_row_ptr, table_row_ptr,
-        table_width, EXTRA_BLOCK, HAS_EXTRA, HAS_TABLE, BLOCK_N, RAW_ROW,
-    )  # fmt: skip
-    low_scale, low, high_scale, high, rest = _load_rows(
-        first + 2, swa_tiles, slot, swa_ptr, extra_ptr, swa_page_stride, extra_page_stride,
-        SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA,
-    )  # fmt: skip
-    biases.index((first + 2) & 3).store(gl.where(slot >= 0, 0.0, MASKED))
-    barrier()
+    for i in gl.static_range(2):
+        async_copy.wait_group(1)
+        barrier()
+        _dequantise(k_words.index(i), raw, (first + i) & 1)
+        _copy_raw(
+            raw, (first + i) & 1, first + i + 2, swa_tiles, slots[i + 2], swa_ptr, extra_ptr,
+            swa_page_stride, extra_page_stride, SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA,
+        )  # fmt: skip
     exchange.store(_multiply(q, k_parts, 0))
-    slot = load_slots(
-        first + 3, swa_tiles, swa_len, extra_len, swa_row_ptr, extra_row_ptr, table_row_ptr,
-        table_width, EXTRA_BLOCK, HAS_EXTRA, HAS_TABLE, BLOCK_N, RAW_ROW,
-    )  # fmt: skip
 
+    slot = slots[4]
+    entry = entries[5]
     buffer = 0
     for tile in range(first, last):
-        # The raw rows of tile + 2 are here, and the slots of tile + 3.
+        # The raw rows of tile + 2 and tile + 3 are here or on their way, and the slots of tile + 4.
         after = gl.where(buffer == BUFFERS - 1, 0, buffer + 1)
         then = gl.where(after == BUFFERS - 1, 0, after + 1)
+        async_copy.wait_group(1)
         barrier()
-        _store_rows(k_words.index(then), low_scale, low, high_scale, high, rest)
         s = shares.index(0).load(SCORES) + shares.index(1).load(SCORES)
-        s = s * scale_log2 + biases.index(tile & 3).load(SCORES_COL)[None, :]
-        low_scale, low, high_scale, high, rest = _load_rows(
-            tile + 3, swa_tiles, slot, swa_ptr, extra_ptr, swa_page_stride, extra_page_stride,
-            SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA,
+        s = s * scale_log2 + biases.index(tile & 7).load(SCORES_COL)[None, :]
+        _dequantise(k_words.index(then), raw, tile & 1)
+        _copy_raw(
+            raw, tile & 1, tile + 4, swa_tiles, slot, swa_ptr, extra_ptr,
+            swa_page_stride, extra_page_stride, SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA,
         )  # fmt: skip
-        next_s = _multiply(q, k_parts, after)
-        running_max, running_sum, acc = _attend(s, running_max, running_sum, acc, k_parts, buffer)
-        exchange.store(next_s)
-        biases.index((tile + 3) & 3).store(gl.where(slot >= 0, 0.0, MASKED))
-        slot = load_slots(
-            tile + 4, swa_tiles, swa_len, extra_len, swa_row_ptr, extra_row_ptr, table_row_ptr,
-            table_width, EXTRA_BLOCK, HAS_EXTRA, HAS_TABLE, BLOCK_N, RAW_ROW,
-        )  # fmt: skip
+        biases.index((tile + 4) & 7).store(gl.where(slot >= 0, 0.0, MASKED))
+        if HAS_TABLE:
+            slot = find_slots(
+                tile + 5, swa_tiles, entry, table_row_ptr, table_width,
+                EXTRA_BLOCK, HAS_EXTRA, HAS_TABLE,
+            )  # fmt: skip
+            entry = load_entries(
+                tile + 6, last, swa_tiles, swa_len, extra_len, swa_row_ptr, extra_row_ptr,
+                HAS_EXTRA, BLOCK_N, RAW_ROW,
+            )  # fmt: skip
+        else:
+            slot = load_entries(
+                tile + 5, last, swa_tiles, swa_len, extra_len, swa_row_ptr, extra_row_ptr,
+                HAS_EXTRA, BLOCK_N, RAW_ROW,
+            )  # fmt: skip
+        p, rescale, running_max, running_sum = _tile_weights(s, running_max, running_sum)
+        acc, s = _multiply_both(p, rescale, acc, q, k_parts, buffer, after)
+        exchange.store(s)
         buffer = after
 
     if UNPACKED:
         request = gl.load(request_ids_ptr + token)
         rows = gl.minimum(gl.load(unpacked_lens_ptr + request), unpacked_width)
         request_ptr = extra_ptr + request.to(gl.int64) * extra_page_stride
+        positions = gl.allocate_shared_memory(gl.int32, [2, BLOCK_N], FLAT)
         barrier()
         position = load_positions(0, extra_row_ptr, extra_len, BLOCK_N, COPY_ROW)
         _copy_rows(k_copies.index(buffer), biases.index(buffer), request_ptr, position, rows)
+        async_copy.commit_group()
         after = gl.where(buffer == BUFFERS - 1, 0, buffer + 1)
         position = load_positions(BLOCK_N, extra_row_ptr, extra_len, BLOCK_N, COPY_ROW)
         _copy_rows(k_copies.index(after), biases.index(after), request_ptr, position, rows)
-        position = load_positions(2 * BLOCK_N, extra_row_ptr, extra_len, BLOCK_N, COPY_ROW)
+        _copy_positions(positions.index(0), 2 * BLOCK_N, extra_row_ptr, extra_len)
+        async_copy.commit_group()
         async_copy.wait_group(1)
         barrier()
         exchange.store(_multiply(q, k_parts, buffer))
-        for start in range(0, extra_len, BLOCK_N):
-            # Copies of the next tile are on their way, and the positions of that after it are here.
+        for tile in range(0, gl.cdiv(extra_len, BLOCK_N)):
+            # Copies of the next tile, and of the positions of that after it, are on their way.
             after = gl.where(buffer == BUFFERS - 1, 0, buffer + 1)
             then = gl.where(after == BUFFERS - 1, 0, after + 1)
             async_copy.wait_group(0)
             barrier()
             s = shares.index(0).load(SCORES) + shares.index(1).load(SCORES)
             s = s * scale_log2 + biases.index(buffer).load(SCORES_COL)[None, :]
+            n = (tile + 2) * BLOCK_N + gl.arange(0, BLOCK_N, layout=COPY_ROW)
+            position = gl.where(n < extra_len, positions.index(tile & 1).load(COPY_ROW), -1)
             _copy_rows(k_copies.index(then), biases.index(then), request_ptr, position, rows)
-            position = load_positions(
-                start + 3 * BLOCK_N, extra_row_ptr, extra_len, BLOCK_N, COPY_ROW
+            _copy_positions(
+                positions.index((tile + 1) & 1), (tile + 3) * BLOCK_N, extra_row_ptr, extra_len
             )
-            next_s = _multiply(q, k_parts, after)
-            running_max, running_sum, acc = _attend(
-                s, running_max, running_sum, acc, k_parts, buffer
-            )
-            exchange.store(next_s)
+            async_copy.commit_group()
+            p, rescale, running_max, running_sum = _tile_weights(s, running_max, running_sum)
+            acc, s = _multiply_both(p, rescale, acc, q, k_parts, buffer, after)
+            exchange.store(s)
             buffer = after
-        async_copy.wait_group(0)
 
+    # Of tiles that there are not.
+    async_copy.wait_group(0)
     token, first_head = token_and_head(num_heads, BLOCK_H, True)
     running_sum = gl.convert_layout(gl.sum(running_sum, 1), SCORES_ROW)
     head = first_head + gl.arange(0, BLOCK_H, layout=SCORES_ROW)
