@@ -14,6 +14,7 @@ import os
 import random
 import sys
 import zipfile
+from copy import deepcopy
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -357,7 +358,7 @@ def collect(
         from in_engine import use_oracle
 
         use_oracle()
-    llm = LLM(**args)
+    llm = LLM(**deepcopy(args))  # 0.23 puts its own objects into a speculative_config
     classes = check_attention(llm, attention)
     console.print(f"attention: {', '.join(classes)}")
 
