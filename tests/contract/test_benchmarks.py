@@ -211,6 +211,8 @@ class ModelOfPositions:
 
     def __init__(self, **args):
         self.args = args
+        # As vLLM 0.23 leaves what it is given.
+        args.get("speculative_config", {})["target_model_config"] = self
 
     def apply_model(self, function):
         layer = type(
