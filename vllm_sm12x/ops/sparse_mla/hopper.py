@@ -142,6 +142,30 @@ def _load_rows(words_ptr, scales_ptr, valid):
 
 
 @gluon.jit
+def _load_tile(
+    bias,
+    tile,
+    swa_tiles,
+    slot,
+    swa_ptr,
+    extra_ptr,
+    swa_page_stride,
+    extra_page_stride,
+    SWA_BLOCK: gl.constexpr,
+    EXTRA_BLOCK: gl.constexpr,
+    HAS_EXTRA: gl.constexpr,
+):
+    """The raw rows of a tile, whose bias is stored."""
+    words_ptr, scales_ptr = _row_pointers(
+        tile, swa_tiles, slot, swa_ptr, extra_ptr, swa_page_stride, extra_page_stride,
+        SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA,
+    )  # fmt: skip
+    valid = slot >= 0
+    bias.store(gl.where(valid, 0.0, MASKED))
+    return _load_rows(words_ptr, scales_ptr, valid)
+
+
+@gluon.jit
 def _store_groups(k_words, words, scale, FIRST: gl.constexpr, COUNT: gl.constexpr):
     """Dequantise groups FIRST to FIRST + COUNT of a tile into shared memory."""
     group = gl.arange(0, COUNT, layout=gl.SliceLayout(0, gl.SliceLayout(2, RAW))) + FIRST % 4
@@ -275,28 +299,17 @@ def sparse_mla_hopper_kernel(
         first + 1, swa_tiles, swa_len, extra_len, swa_row_ptr, extra_row_ptr, table_row_ptr,
         table_width, EXTRA_BLOCK, HAS_EXTRA, HAS_TABLE, BLOCK_N, RAW_ROW,
     )  # fmt: skip
-    words_ptr, scales_ptr = _row_pointers(
-        first, swa_tiles, slot, swa_ptr, extra_ptr, swa_page_stride, extra_page_stride,
-        SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA,
+    low_scale, raw_0, raw_1, high_scale, raw_2, raw_3, rope = _load_tile(
+        biases.index(0), first, swa_tiles, slot, swa_ptr, extra_ptr,
+        swa_page_stride, extra_page_stride, SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA,
     )  # fmt: skip
-    valid = slot >= 0
-    biases.index(0).store(gl.where(valid, 0.0, MASKED))
-    low_scale, raw_0, raw_1, high_scale, raw_2, raw_3, rope = _load_rows(
-        words_ptr, scales_ptr, valid
-    )
     _store_low(k_words.index(0), low_scale, raw_0, raw_1)
     _store_high(k_words.index(0), high_scale, raw_2, raw_3, rope)
 
-    slot = next_slot
-    words_ptr, scales_ptr = _row_pointers(
-        first + 1, swa_tiles, slot, swa_ptr, extra_ptr, swa_page_stride, extra_page_stride,
-        SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA,
+    low_scale, raw_0, raw_1, high_scale, raw_2, raw_3, rope = _load_tile(
+        biases.index(1), first + 1, swa_tiles, next_slot, swa_ptr, extra_ptr,
+        swa_page_stride, extra_page_stride, SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA,
     )  # fmt: skip
-    valid = slot >= 0
-    biases.index(1).store(gl.where(valid, 0.0, MASKED))
-    low_scale, raw_0, raw_1, high_scale, raw_2, raw_3, rope = _load_rows(
-        words_ptr, scales_ptr, valid
-    )
     slot = load_slots(
         first + 2, swa_tiles, swa_len, extra_len, swa_row_ptr, extra_row_ptr, table_row_ptr,
         table_width, EXTRA_BLOCK, HAS_EXTRA, HAS_TABLE, BLOCK_N, RAW_ROW,
