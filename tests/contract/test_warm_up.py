@@ -319,7 +319,7 @@ with mock.patch.object(warm_up.selection, "serves", lambda config: False):
 warm_up._done.clear()
 # Forced on a Hopper GPU, where of our ops only the attention is used.
 with mock.patch.object(warm_up.providers, "on_sm12x_path", lambda: False), \\
-     mock.patch.object(warm_up, "has_wgmma", lambda device: True), \\
+     mock.patch.object(warm_up, "gluon_kernels", lambda device: {"wgmma": True}), \\
      mock.patch.object(warm_up, "multiprocessors", lambda name, device: 132):
     forced = [sum(batch.prompts) for batch in warm_up._plan(worker, True, None)
               if batch.drafts is None]

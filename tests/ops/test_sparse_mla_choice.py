@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where sparse_mla takes its Gluon kernels, and where Triton's tiles."""
 
+import importlib
+import sys
+import types
+
 import pytest
 import torch
 import triton
@@ -59,6 +63,24 @@ def test_mma_runs_where_kernels_are_compiled_for_another_gpu_but_not_interpreted
     assert has_mma(CUDA)
     monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
     assert not has_mma(CUDA)
+
+
+def test_a_gluon_that_cannot_be_imported_leaves_tritons_tiles(gpu, monkeypatch):
+    gpu(12, 0)
+    op = importlib.import_module("vllm_sm12x.ops.sparse_mla")
+    op._imports.cache_clear()
+    assert op.gluon_kernels(CUDA) == {"mma": True, "wgmma": False}
+    # As where Gluon has moved on.
+    ampere = "triton.experimental.gluon.language.nvidia.ampere"
+    monkeypatch.setitem(sys.modules, ampere, types.ModuleType(ampere))
+    monkeypatch.delitem(sys.modules, "vllm_sm12x.ops.sparse_mla.mma")
+    op._imports.cache_clear()
+    with pytest.warns(RuntimeWarning, match="mma.py needs another Gluon .*cannot import name"):
+        found = op.gluon_kernels(CUDA)
+    assert found == op.gluon_kernels(CUDA) == {"mma": False, "wgmma": False}
+    plan = choose(4096, 64, 640, sms=188, policy=LaunchPolicy(), **found)
+    assert plan.config == CONFIGS[4]
+    op._imports.cache_clear()
 
 
 @pytest.mark.parametrize("assumed", ["12.0", "12.1"])

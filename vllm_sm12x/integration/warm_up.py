@@ -27,8 +27,9 @@ from vllm_sm12x.integration.launch_variants import (
     representatives,
 )
 from vllm_sm12x.log import get_logger
-from vllm_sm12x.ops.launch import has_mma, has_wgmma, multiprocessors
+from vllm_sm12x.ops.launch import multiprocessors
 from vllm_sm12x.ops.mqa_logits.config import FEW_KEYS_LIMIT
+from vllm_sm12x.ops.sparse_mla import gluon_kernels
 from vllm_sm12x.ops.sparse_mla.config import UNPACK_TOKENS
 
 KNOB = "VLLM_SM12X_WARMUP"
@@ -198,8 +199,7 @@ def _plan(worker: Any, ours: bool, state_block: int | None) -> list[Batch]:
         target = Target(
             multiprocessors("worker", worker.device),
             launch_policy(),
-            mma=has_mma(worker.device),
-            wgmma=has_wgmma(worker.device),
+            **gluon_kernels(worker.device),
             attention_only=not providers.on_sm12x_path(),
         )
 

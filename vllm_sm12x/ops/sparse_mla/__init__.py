@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sparse MLA attention over the packed fp8_ds_mla cache, for DeepSeek V4 (README.md)."""
 
+import functools
+import importlib
+import warnings
 from typing import Any
 
 import torch
@@ -123,11 +126,7 @@ def sparse_mla(
         sink=sink,
         out=out,
     )
-    gpu: dict[str, Any] = {
-        "sms": multiprocessors("q", q.device),
-        "mma": has_mma(q.device),
-        "wgmma": has_wgmma(q.device),
-    }
+    gpu: dict[str, Any] = {"sms": multiprocessors("q", q.device), **gluon_kernels(q.device)}
 
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -164,6 +163,33 @@ def sparse_mla(
                 lse=_rows(lse, rows),
             )
     return out if lse is None else (out, lse)
+
+
+def gluon_kernels(device: torch.device) -> dict[str, bool]:
+    """Whether mma.py's and hopper.py's kernels run on `device`, as `config.choose` wants to know.
+
+    Gluon is experimental: where this Triton's cannot be imported by them, kernel.py's tiles serve,
+    slower, and a RuntimeWarning says so once.
+    """
+    return {
+        "mma": has_mma(device) and _imports("mma"),
+        "wgmma": has_wgmma(device) and _imports("hopper"),
+    }
+
+
+@functools.cache
+def _imports(module: str) -> bool:
+    try:
+        importlib.import_module(f"{__name__}.{module}")
+    except Exception as error:
+        warnings.warn(
+            f"sparse_mla takes slower tiles for more than 32 heads: {module}.py needs another "
+            f"Gluon than that of Triton {triton.__version__} ({type(error).__name__}: {error})",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def _rows(tensor: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
@@ -207,7 +233,7 @@ def _launch(
     lse_strides = (0, 0)
     if target_lse is not None:
         lse_strides = (target_lse.stride(0), target_lse.stride(1) if partial else 0)
-    # Gluon is experimental: imported where a kernel of it is taken. Those have tiles of their own.
+    # Gluon is imported where a kernel of it is taken. Those have tiles of their own.
     options = {}
     if config.kernel is Kernel.HOPPER:
         from vllm_sm12x.ops.sparse_mla.hopper import sparse_mla_hopper_kernel as kernel
