@@ -37,7 +37,7 @@ MOST_TOKENS = 1025
 # K steps of 64 below which a split is only prologue of its pipeline.
 MIN_STEPS = 2
 # Of a split, where the splits are the same for any number of tokens: some more would be quicker for
-# one token, and for thousands write and read again as many more parts. Not measured.
+# one token, and for thousands write and read again as many more parts.
 INVARIANT_STEPS = 8
 
 
