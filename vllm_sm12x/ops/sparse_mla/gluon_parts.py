@@ -86,32 +86,6 @@ def lengths(
 
 
 @gluon.jit
-def load_slots(
-    tile,
-    swa_tiles,
-    swa_len,
-    extra_len,
-    swa_indices_ptr,
-    extra_indices_ptr,
-    table_ptr,
-    table_width,
-    EXTRA_BLOCK: gl.constexpr,
-    HAS_EXTRA: gl.constexpr,
-    HAS_TABLE: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    ROW: gl.constexpr,
-):
-    """The global slots of one tile's candidates, int32 [BLOCK_N]; negative where there is none."""
-    entry = load_entries(
-        tile, tile + 1, swa_tiles, swa_len, extra_len, swa_indices_ptr, extra_indices_ptr,
-        HAS_EXTRA, BLOCK_N, ROW,
-    )  # fmt: skip
-    return find_slots(
-        tile, swa_tiles, entry, table_ptr, table_width, EXTRA_BLOCK, HAS_EXTRA, HAS_TABLE
-    )
-
-
-@gluon.jit
 def load_entries(
     tile,
     last,

@@ -43,9 +43,10 @@ from vllm_sm12x.ops.sparse_mla.gluon_parts import (
     NOPE_GROUPS,
     barrier,
     find_rows,
+    find_slots,
     lengths,
+    load_entries,
     load_positions,
-    load_slots,
     token_and_head,
     unpack_e4m3,
     weigh,
@@ -96,6 +97,32 @@ TILE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidt
 TILE_WORDS = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2))
 FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 FLAT_ROWS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+
+
+@gluon.jit
+def _load_slots(
+    tile,
+    swa_tiles,
+    swa_len,
+    extra_len,
+    swa_indices_ptr,
+    extra_indices_ptr,
+    table_ptr,
+    table_width,
+    EXTRA_BLOCK: gl.constexpr,
+    HAS_EXTRA: gl.constexpr,
+    HAS_TABLE: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    ROW: gl.constexpr,
+):
+    """The global slots of one tile's candidates, int32 [BLOCK_N]; negative where there is none."""
+    entry = load_entries(
+        tile, tile + 1, swa_tiles, swa_len, extra_len, swa_indices_ptr, extra_indices_ptr,
+        HAS_EXTRA, BLOCK_N, ROW,
+    )  # fmt: skip
+    return find_slots(
+        tile, swa_tiles, entry, table_ptr, table_width, EXTRA_BLOCK, HAS_EXTRA, HAS_TABLE
+    )
 
 
 @gluon.jit
@@ -291,11 +318,11 @@ def sparse_mla_hopper_kernel(
     async_copy.async_copy_global_to_shared(q, q_ptrs, mask=(h < num_heads)[:, None])
     async_copy.commit_group()
 
-    slot = load_slots(
+    slot = _load_slots(
         first, swa_tiles, swa_len, extra_len, swa_row_ptr, extra_row_ptr, table_row_ptr,
         table_width, EXTRA_BLOCK, HAS_EXTRA, HAS_TABLE, BLOCK_N, RAW_ROW,
     )  # fmt: skip
-    next_slot = load_slots(
+    next_slot = _load_slots(
         first + 1, swa_tiles, swa_len, extra_len, swa_row_ptr, extra_row_ptr, table_row_ptr,
         table_width, EXTRA_BLOCK, HAS_EXTRA, HAS_TABLE, BLOCK_N, RAW_ROW,
     )  # fmt: skip
@@ -310,7 +337,7 @@ def sparse_mla_hopper_kernel(
         biases.index(1), first + 1, swa_tiles, next_slot, swa_ptr, extra_ptr,
         swa_page_stride, extra_page_stride, SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA,
     )  # fmt: skip
-    slot = load_slots(
+    slot = _load_slots(
         first + 2, swa_tiles, swa_len, extra_len, swa_row_ptr, extra_row_ptr, table_row_ptr,
         table_width, EXTRA_BLOCK, HAS_EXTRA, HAS_TABLE, BLOCK_N, RAW_ROW,
     )  # fmt: skip
@@ -336,7 +363,7 @@ def sparse_mla_hopper_kernel(
             tile + 2, swa_tiles, slot, swa_ptr, extra_ptr, swa_page_stride, extra_page_stride,
             SWA_BLOCK, EXTRA_BLOCK, HAS_EXTRA,
         )  # fmt: skip
-        slot = load_slots(
+        slot = _load_slots(
             tile + 3, swa_tiles, swa_len, extra_len, swa_row_ptr, extra_row_ptr, table_row_ptr,
             table_width, EXTRA_BLOCK, HAS_EXTRA, HAS_TABLE, BLOCK_N, RAW_ROW,
         )  # fmt: skip
