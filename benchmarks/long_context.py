@@ -31,7 +31,12 @@ MAX_NUM_BATCHED_TOKENS = 8192
 
 
 def engine_args(
-    model: Path, *, max_model_len: int, max_num_batched_tokens: int, eager: bool
+    model: Path,
+    *,
+    max_model_len: int,
+    max_num_batched_tokens: int,
+    eager: bool,
+    gpu_memory_utilization: float,
 ) -> dict[str, Any]:
     """Arguments of vllm.LLM."""
     return {
@@ -41,6 +46,7 @@ def engine_args(
         "max_num_batched_tokens": max_num_batched_tokens,
         "enable_chunked_prefill": True,
         "enforce_eager": eager,
+        "gpu_memory_utilization": gpu_memory_utilization,
         "disable_log_stats": False,
         "seed": 0,
     }
@@ -96,6 +102,9 @@ def main(
     decode_tokens: Annotated[int, typer.Option(min=1)] = DECODE_TOKENS,
     max_num_batched_tokens: Annotated[int, typer.Option(min=1)] = MAX_NUM_BATCHED_TOKENS,
     eager: Annotated[bool, typer.Option("--eager", "--enforce-eager")] = False,
+    gpu_memory_utilization: Annotated[
+        float, typer.Option(help="Of the GPU's memory, for this engine.")
+    ] = ENGINE_ARGS["gpu_memory_utilization"],
     revision: Annotated[str | None, typer.Option(help="Commit, for a tree without git.")] = None,
 ) -> None:
     """Start the engine, send one long prompt. Exit status 1 if its answer is wrong."""
@@ -118,6 +127,7 @@ def main(
         max_model_len=max_model_len,
         max_num_batched_tokens=max_num_batched_tokens,
         eager=eager,
+        gpu_memory_utilization=gpu_memory_utilization,
     )
     llm = LLM(**args)
     classes = check_attention(llm, attention)

@@ -685,6 +685,7 @@ def test_the_memory_of_a_long_context(model, monkeypatch, label):
     monkeypatch.setattr("vllm.LLM", LongModel)
     result = model.parent / "long.json"
     given = ["--model", str(model), "--attention", label, "--json", str(result)]
+    given += ["--gpu-memory-utilization", "0.25"]
     with mock.patch.dict(os.environ):
         ran = CliRunner().invoke(long_context.app, given)
         assert os.environ.get("VLLM_SM12X_ASSUME") == ("12.0" if label == "proxy" else None)
@@ -701,6 +702,7 @@ def test_the_memory_of_a_long_context(model, monkeypatch, label):
     assert written["second_long_prompt"]["first_token_seconds"] == 1.5
     assert LongModel.made.lengths == [(8292, 4), (131_072, 32), (131_072, 32)]
     assert LongModel.made.args["max_model_len"] == 1_048_576
+    assert LongModel.made.args["gpu_memory_utilization"] == 0.25
     refused = CliRunner().invoke(long_context.app, [*given, "--max-model-len", "131072"])
     assert refused.exit_code == 2
 
