@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What fp8_einsum and hc_prenorm_gemm compile to on sm_120 and sm_121, in every configuration."""
+"""What the ops with a GEMM compile to on sm_120 and sm_121, in every configuration."""
 
 import importlib
 from dataclasses import dataclass
@@ -9,15 +9,21 @@ import pytest
 from cross_compile import SMS, Case, Compiled
 
 from vllm_sm12x.device import SM12X_SHARED_MEMORY_BYTES
-from vllm_sm12x.ops import fp8_einsum, hc_prenorm_gemm, launch
+from vllm_sm12x.ops import fp8_einsum, hc_post_prenorm_gemm, hc_prenorm_gemm, launch
 from vllm_sm12x.ops.fp8_einsum.config import CONFIGS as EINSUM_CONFIGS
 from vllm_sm12x.ops.fp8_einsum.config import LaunchPlan
 from vllm_sm12x.ops.fp8_einsum.spec import Fp8EinsumShape, fp8_einsum_inputs
+from vllm_sm12x.ops.hc_post_prenorm_gemm.config import CONFIGS as POST_PRENORM_CONFIGS
+from vllm_sm12x.ops.hc_post_prenorm_gemm.spec import (
+    HcPostPrenormGemmShape,
+    hc_post_prenorm_gemm_inputs,
+)
 from vllm_sm12x.ops.hc_prenorm_gemm.config import CONFIGS as PRENORM_CONFIGS
 from vllm_sm12x.ops.hc_prenorm_gemm.spec import HcPrenormGemmShape, hc_prenorm_gemm_inputs
 
 # By import_module: the package's attributes of these names are the functions.
 einsum_module = importlib.import_module("vllm_sm12x.ops.fp8_einsum")
+post_prenorm_module = importlib.import_module("vllm_sm12x.ops.hc_post_prenorm_gemm")
 prenorm_module = importlib.import_module("vllm_sm12x.ops.hc_prenorm_gemm")
 
 E4M3_MMA = "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32"
@@ -26,6 +32,7 @@ BF16_MMA = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
 FP16_MMA = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
 # With 1,024 B reserved for each, two such programs share the 102,400 B of an SM.
 HALF_AN_SM = 50_176
+SM_SHARED_MEMORY, RESERVED, SM_REGISTERS = 102_400, 1024, 65_536
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,42 @@ class PrenormCase(Case):
             hc_prenorm_gemm(**hc_prenorm_gemm_inputs(shape, device="cpu"))
 
 
+@dataclass(frozen=True)
+class PostPrenormCase(Case):
+    """One call of hc_post_prenorm_gemm; `config` is an index into its CONFIGS.
+
+    Attributes:
+        row_padding: elements between the rows of the residual.
+    """
+
+    config: int
+    width: int = 4096
+    streams: int = 4
+    row_padding: int = 0
+
+    def __str__(self) -> str:
+        config = POST_PRENORM_CONFIGS[self.config]
+        return f"sm_{self.arch}-{config}-d{self.width}-hc{self.streams}"
+
+    @property
+    def tile(self) -> str | None:
+        config = POST_PRENORM_CONFIGS[self.config]
+        return None if self.row_padding else f"{config} hc{self.streams}"
+
+    def call(self) -> None:
+        shape = HcPostPrenormGemmShape(3, width=self.width, streams=self.streams)
+        inputs = hc_post_prenorm_gemm_inputs(shape, device="cpu")
+        if self.row_padding:
+            padded = inputs["residual"].new_empty(3, self.streams, self.width + self.row_padding)
+            inputs["residual"] = padded[..., : self.width]
+        config = POST_PRENORM_CONFIGS[self.config]
+        with (
+            mock.patch.object(launch, "multiprocessors", return_value=SMS),
+            mock.patch.object(post_prenorm_module, "choose", return_value=config),
+        ):
+            hc_post_prenorm_gemm(**inputs)
+
+
 EINSUM_CASES = [
     EinsumCase(arch, config, scales, transposed=scales == "e8m0", split=split)
     for arch in (120, 121)
@@ -113,6 +156,12 @@ PRENORM_CASES = [
     for arch in (120, 121)
     for config in range(len(PRENORM_CONFIGS))
     for rows in (24, 32)
+]
+POST_PRENORM_CASES = [
+    PostPrenormCase(arch, config, width, streams)
+    for arch in (120, 121)
+    for config in range(len(POST_PRENORM_CONFIGS))
+    for width, streams in ((4096, 4), (7168, 4), (4096, 2), (4096, 1))
 ]
 
 
@@ -143,6 +192,28 @@ def test_hc_prenorm_gemm_fits_sm12x(case, compiled):
     assert product.shared <= HALF_AN_SM
     assert set(product.copies) == {128} and not product.loads
     assert set(product.mma) == {BF16_MMA}
+
+
+@pytest.mark.parametrize("case", POST_PRENORM_CASES, ids=str)
+def test_hc_post_prenorm_gemm_fits_sm12x(case, compiled):
+    (fused,) = compiled(case)
+    check_fits(fused)
+    config = POST_PRENORM_CONFIGS[case.config]
+    threads, programs = 32 * config.num_warps, config.programs_per_sm
+    assert programs * threads * fused.registers <= SM_REGISTERS
+    assert programs * (fused.shared + RESERVED) <= SM_SHARED_MEMORY
+    # fn by copies; x and the residual before the loop and in it, the mixes 4 bytes at a time.
+    bits = 16 * min(8, config.block_t * config.block_d // threads)
+    assert set(fused.copies) == {128}
+    assert set(fused.loads) == {32, bits} and fused.loads[bits] % (2 * (case.streams + 1)) == 0
+    assert set(fused.mma) == {BF16_MMA}
+    assert fused.barriers == (2,), "a step's streams are mixed before the first is multiplied"
+
+
+def test_the_gate_sees_a_residual_that_breaks_wide_loads(compiled):
+    """2 bytes more a row, and Triton can no longer prove 16-byte alignment."""
+    (fused,) = compiled(PostPrenormCase(120, 1, row_padding=1))
+    assert 16 in fused.loads, f"loads by bits: {fused.loads}"
 
 
 @pytest.mark.parametrize("arch", [120, 121])

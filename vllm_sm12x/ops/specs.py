@@ -4,6 +4,7 @@
 from vllm_sm12x.ops.fp8_einsum.spec import FP8_EINSUM
 from vllm_sm12x.ops.hc_head.spec import HC_HEAD
 from vllm_sm12x.ops.hc_post.spec import HC_POST
+from vllm_sm12x.ops.hc_post_prenorm_gemm.spec import HC_POST_PRENORM_GEMM
 from vllm_sm12x.ops.hc_pre.spec import HC_PRE
 from vllm_sm12x.ops.hc_prenorm_gemm.spec import HC_PRENORM_GEMM
 from vllm_sm12x.ops.mqa_logits.spec import MQA_LOGITS
@@ -17,6 +18,7 @@ SPECS = (
     HC_PRENORM_GEMM,
     HC_PRE,
     HC_POST,
+    HC_POST_PRENORM_GEMM,
     HC_HEAD,
     MQA_LOGITS,
     PAGED_MQA_LOGITS,

@@ -15,7 +15,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _two_terms(fn):
+def two_terms(fn):
     """fp32 as the sum of two bf16, to 2^-18 of it."""
     high = fn.to(tl.bfloat16)
     return high, (fn - high.to(tl.float32)).to(tl.bfloat16)
@@ -58,7 +58,7 @@ def hc_prenorm_gemm_kernel(
     for _ in range(first, last):
         in_depth = (k < depth)[None, :]
         x = tl.load(x_ptrs, mask=in_tokens & in_depth, other=0.0)
-        high, low = _two_terms(tl.load(fn_ptrs, mask=in_rows & in_depth, other=0.0))
+        high, low = two_terms(tl.load(fn_ptrs, mask=in_rows & in_depth, other=0.0))
         operand = x.to(DOT_DTYPE)
         part = tl.dot(operand, tl.trans(low.to(DOT_DTYPE)))
         part = tl.dot(operand, tl.trans(high.to(DOT_DTYPE)), part)
