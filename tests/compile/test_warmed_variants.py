@@ -39,7 +39,15 @@ def launches(widths, invariant, wgmma, decodes, prefills, prefilling=1):
 
     On a GPU with wgmma only the attention is ours.
     """
-    from vllm_sm12x.ops import fp8_einsum, hc_head, hc_post, hc_pre, hc_prenorm_gemm, launch
+    from vllm_sm12x.ops import (
+        fp8_einsum,
+        hc_head,
+        hc_post,
+        hc_post_prenorm_gemm,
+        hc_pre,
+        hc_prenorm_gemm,
+        launch,
+    )
     from vllm_sm12x.ops import sparse_mla as attend
 
     keys = set()
@@ -117,7 +125,10 @@ def launches(widths, invariant, wgmma, decodes, prefills, prefilling=1):
     first = residual[:, 0].contiguous()
     products = hc_prenorm_gemm(first, torch.empty(cells, hidden), **mode)
     hc_pre(*products, scale, base, first, expanded=torch.empty_like(residual), **mixing)
-    hc_post(first, residual, torch.empty(total, streams), torch.empty(total, streams, streams))
+    after = (first, residual, torch.empty(total, streams), torch.empty(total, streams, streams))
+    hc_post(*after)
+    mixed, *products = hc_post_prenorm_gemm(*after, torch.empty(cells, streams * hidden), **mode)
+    hc_pre(*products, scale, base, mixed, **mixing)
     hc_head(
         residual, torch.empty(streams, streams * hidden), torch.empty(1), torch.empty(streams),
         rms_eps=1e-6, hc_eps=1e-6, **mode,

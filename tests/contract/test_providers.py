@@ -73,6 +73,8 @@ def test_where_batches_must_not_matter_ours_take_one_plan(complete, monkeypatch)
         served = providers.implementation(op)
         assert (served.func, served.keywords) == (getattr(ops, op), one_plan)
     assert hyper_connections.head.__wrapped__().keywords == one_plan
+    fused = hyper_connections.post_prenorm_gemm.__wrapped__()
+    assert (fused.func, fused.keywords) == (ops.hc_post_prenorm_gemm, one_plan)
     # Their sums are the same in any plan.
     for op in ("mqa_logits", "paged_mqa_logits"):
         assert providers.implementation(op) is getattr(ops, op)
@@ -81,6 +83,23 @@ def test_where_batches_must_not_matter_ours_take_one_plan(complete, monkeypatch)
     assert "VLLM_BATCH_INVARIANT is set, and its sums are split by the number of tokens" in sentence
     assert "unset VLLM_BATCH_INVARIANT" in sentence
     assert providers.chosen("fp8_einsum").name == "deep_gemm"
+
+
+def test_a_deep_gemm_that_is_asked_for_multiplies_what_hc_post_wrote(complete, monkeypatch):
+    from vllm_sm12x.integration import hyper_connections
+
+    one_kernel = hyper_connections.post_prenorm_gemm.__wrapped__()
+    assert one_kernel.func is ops.hc_post_prenorm_gemm
+    monkeypatch.setenv("VLLM_SM12X_PROVIDERS", "hc_prenorm_gemm=deep_gemm")
+    monkeypatch.setattr(
+        hyper_connections, "prenorm_gemm", hyper_connections.prenorm_gemm.__wrapped__
+    )
+    monkeypatch.setattr(hyper_connections, "hc_post", lambda *inputs: torch.ones(3, 4, 5))
+    monkeypatch.setattr(deep_gemm_ops, "hc_prenorm_gemm", lambda rows, fn: (rows * fn, fn))
+    two_kernels = hyper_connections.post_prenorm_gemm.__wrapped__()
+    streams, out, sqrsum = two_kernels(*[None] * 4, 7)
+    assert (streams.shape, out.shape, sqrsum) == ((3, 4, 5), (3, 20), 7)
+    assert (out == 7).all()
 
 
 @pytest.mark.parametrize("op", providers.OPS)

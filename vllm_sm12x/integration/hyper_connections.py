@@ -10,7 +10,7 @@ Unless said otherwise fn is fp32 [hc * (2 + hc), hc * d], hc_scale fp32 [3] and 
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ import torch
 from vllm_sm12x.integration import providers, selection
 from vllm_sm12x.ops.hc_head import hc_head
 from vllm_sm12x.ops.hc_post import hc_post
+from vllm_sm12x.ops.hc_post_prenorm_gemm import hc_post_prenorm_gemm
 from vllm_sm12x.ops.hc_pre import hc_pre
 from vllm_sm12x.vllm_api.config import current_config
 from vllm_sm12x.vllm_api.envs import batch_invariant
@@ -27,6 +28,17 @@ from vllm_sm12x.vllm_api.envs import batch_invariant
 def prenorm_gemm() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """What serves `vllm_sm12x.ops.hc_prenorm_gemm` in this process."""
     return providers.implementation("hc_prenorm_gemm")
+
+
+@functools.cache
+def post_prenorm_gemm() -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """hc_post and what serves hc_prenorm_gemm: one kernel where both are ours.
+
+    Its arguments and results are those of `vllm_sm12x.ops.hc_post_prenorm_gemm`.
+    """
+    if providers.chosen("hc_prenorm_gemm").name == "triton":
+        return functools.partial(hc_post_prenorm_gemm, batch_invariant=batch_invariant())
+    return _post_then_prenorm_gemm
 
 
 @functools.cache
@@ -55,11 +67,12 @@ def mhc_pre(
     """
     *outer, hc, width = residual.shape
     streams = residual.view(-1, hc, width)
-    mixes_and_input = hc_pre(
-        *prenorm_gemm()(streams.flatten(1), fn),
+    return _pre(
+        outer,
+        streams,
+        prenorm_gemm()(streams.flatten(1), fn),
         hc_scale,
         hc_base,
-        streams,
         rms_eps=rms_eps,
         pre_eps=hc_pre_eps,
         sinkhorn_eps=hc_sinkhorn_eps,
@@ -68,11 +81,6 @@ def mhc_pre(
         norm_weight=_as_bf16(norm_weight),
         norm_eps=norm_eps,
     )
-    shapes = ((hc, 1), (hc, hc), (width,))
-    post_mix, comb_mix, layer_input = (
-        result.view(*outer, *shape) for result, shape in zip(mixes_and_input, shapes, strict=True)
-    )
-    return post_mix, comb_mix, layer_input
 
 
 def mhc_pre_broadcast(
@@ -165,21 +173,29 @@ def mhc_fused_post_pre(
 
     Returns the streams bf16 [..., hc, d], and post_mix, comb_mix and layer_input of `mhc_pre`.
     """
-    streams = mhc_post(x, residual, post_layer_mix, comb_res_mix)
-    post_mix, comb_mix, layer_input = mhc_pre(
-        streams,
+    *outer, hc, width = residual.shape
+    streams, parts, sqrsum = post_prenorm_gemm()(
+        x.view(-1, width),
+        residual.view(-1, hc, width),
+        post_layer_mix.view(-1, hc),
+        comb_res_mix.view(-1, hc, hc),
         fn,
+    )
+    mixes_and_input = _pre(
+        outer,
+        streams,
+        (parts, sqrsum),
         hc_scale,
         hc_base,
-        rms_eps,
-        hc_pre_eps,
-        hc_sinkhorn_eps,
-        hc_post_mult_value,
-        sinkhorn_repeat,
-        norm_weight=norm_weight,
+        rms_eps=rms_eps,
+        pre_eps=hc_pre_eps,
+        sinkhorn_eps=hc_sinkhorn_eps,
+        post_mult=hc_post_mult_value,
+        sinkhorn_iters=sinkhorn_repeat,
+        norm_weight=_as_bf16(norm_weight),
         norm_eps=norm_eps,
     )
-    return streams, post_mix, comb_mix, layer_input
+    return streams.view(residual.shape), *mixes_and_input
 
 
 def hc_head_fused_kernel(
@@ -211,6 +227,36 @@ REPLACEMENTS: dict[str, Callable[..., Any]] = {
     "mhc_fused_post_pre_tilelang": mhc_fused_post_pre,
     "hc_head_fused_kernel_tilelang": hc_head_fused_kernel,
 }
+
+
+def _post_then_prenorm_gemm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    post_mix: torch.Tensor,
+    comb_mix: torch.Tensor,
+    fn: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`vllm_sm12x.ops.hc_post_prenorm_gemm` in two kernels."""
+    streams = hc_post(x, residual, post_mix, comb_mix)
+    return streams, *prenorm_gemm()(streams.flatten(1), fn)
+
+
+def _pre(
+    outer: Sequence[int],
+    streams: torch.Tensor,
+    products: tuple[torch.Tensor, torch.Tensor],
+    hc_scale: torch.Tensor,
+    hc_base: torch.Tensor,
+    **settings: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """hc_pre of streams [T, hc, d] and their products, as `mhc_pre` returns it."""
+    hc, width = streams.shape[1:]
+    mixes_and_input = hc_pre(*products, hc_scale, hc_base, streams, **settings)
+    shapes = ((hc, 1), (hc, hc), (width,))
+    post_mix, comb_mix, layer_input = (
+        result.view(*outer, *shape) for result, shape in zip(mixes_and_input, shapes, strict=True)
+    )
+    return post_mix, comb_mix, layer_input
 
 
 def _as_bf16(weight: torch.Tensor | None) -> torch.Tensor | None:

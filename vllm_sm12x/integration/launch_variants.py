@@ -9,6 +9,7 @@ from vllm_sm12x import knobs
 from vllm_sm12x.ops.fp8_ds_mla import HEAD_DIM
 from vllm_sm12x.ops.fp8_einsum import config as fp8_einsum
 from vllm_sm12x.ops.hc_post import config as hc_post
+from vllm_sm12x.ops.hc_post_prenorm_gemm import config as hc_post_prenorm_gemm
 from vllm_sm12x.ops.hc_pre import config as hc_pre
 from vllm_sm12x.ops.hc_prenorm_gemm import config as hc_prenorm_gemm
 from vllm_sm12x.ops.sparse_mla import config as sparse_mla
@@ -109,6 +110,13 @@ def variants(widths: Widths, tokens: int, target: Target) -> set[Hashable]:
         config = hc_prenorm_gemm.choose(tokens, batch_invariant=invariant)
         found.add(("hc_prenorm_gemm", depth, config))
         found.add(("hc_pre", depth, hc_pre.choose(splits)))
+    splits = hc_post_prenorm_gemm.splits_of(
+        tokens, widths.hidden, sms=sms, batch_invariant=invariant
+    )
+    fused = hc_post_prenorm_gemm.choose(tokens, batch_invariant=invariant)
+    found.add(("hc_post_prenorm_gemm", fused))
+    # Another number of parts than hc_prenorm_gemm's, which a batch may not launch at this depth.
+    found.add(("hc_pre after hc_post_prenorm_gemm", hc_pre.choose(splits)))
     return found
 
 
