@@ -30,6 +30,7 @@ from vllm_sm12x.cli import app
 from vllm_sm12x.ops.fp8_einsum.spec import FP8_EINSUM, Fp8EinsumShape
 from vllm_sm12x.ops.hc_head.spec import HcHeadShape
 from vllm_sm12x.ops.hc_post.spec import HcPostShape
+from vllm_sm12x.ops.hc_post_prenorm_gemm.spec import HcPostPrenormGemmShape
 from vllm_sm12x.ops.hc_pre.spec import HcPreShape
 from vllm_sm12x.ops.hc_prenorm_gemm.spec import HC_PRENORM_GEMM, HcPrenormGemmShape
 from vllm_sm12x.ops.mqa_logits.spec import MQA_LOGITS, MqaLogitsShape
@@ -270,6 +271,7 @@ SHAPES = {
     "hc_prenorm_gemm": [HcPrenormGemmShape(3, depth=512)],
     "hc_pre": [HcPreShape(3, width=64)],
     "hc_post": [HcPostShape(3, width=64)],
+    "hc_post_prenorm_gemm": [HcPostPrenormGemmShape(3, width=64)],
     "hc_head": [HcHeadShape(3, width=64)],
     "paged_mqa_topk": [PagedMqaTopkShape(6, 128, 16)],
 }
@@ -277,6 +279,7 @@ EXPECTED = {
     "sparse_mla": {"flash_mla", "rocm", "flashinfer"},
     **dict.fromkeys(("hc_pre", "hc_post", "hc_head"), {"torch"}),
     "hc_prenorm_gemm": {"deep_gemm", "torch"},
+    "hc_post_prenorm_gemm": {projections.TWO_KERNELS},
     "paged_mqa_topk": {"deep_gemm", "logits, top-k"},
 }
 
@@ -312,7 +315,7 @@ def test_each_op_is_raced_as_vllm_calls_its_peers(where, op):
         assert [len(variant) for variant in calls.values()] == [2] * len(calls)
         assert min(case.bytes, case.flops) > 0
     alone = cases(op, where, Peers())[0]
-    assert set(alone.peers) <= {"torch"}
+    assert set(alone.peers) <= {"torch", projections.TWO_KERNELS}
 
 
 def test_peers_with_other_heads_are_refused_in_words(where):
@@ -503,7 +506,7 @@ def test_a_whole_race_is_printed_written_and_drawn(on_a_gpu, tmp_path):
 
 def test_the_price_of_bits_that_no_batch_changes_is_raced(on_a_gpu, tmp_path):
     result = tmp_path / "result.json"
-    ops = ["fp8_einsum", "hc_prenorm_gemm", "hc_post", "hc_head"]
+    ops = ["fp8_einsum", "hc_prenorm_gemm", "hc_post", "hc_post_prenorm_gemm", "hc_head"]
     ran = CliRunner().invoke(app, ["bench", *ops, "--batch-invariant", "--json", str(result)])
     assert isinstance(ran.exception, SystemExit), ran.exception
     rows = json.loads(result.read_text())["rows"]
@@ -513,6 +516,7 @@ def test_the_price_of_bits_that_no_batch_changes_is_raced(on_a_gpu, tmp_path):
         "fp8_einsum": {"ours", "deep_gemm", mode},
         "hc_prenorm_gemm": {"ours", "deep_gemm", "torch", mode},
         "hc_post": {"ours", "torch"},
+        "hc_post_prenorm_gemm": {"ours", projections.TWO_KERNELS, mode},
         "hc_head": {"ours", "torch", mode},
     }
     assert f"{mode} 120.0 ± 1.0" in ran.output.replace("\n", " ")

@@ -25,7 +25,12 @@ from vllm_sm12x.bench.attention import sparse_mla_cases
 from vllm_sm12x.bench.case import Case
 from vllm_sm12x.bench.indexer import mqa_logits_cases, paged_mqa_logits_cases, paged_mqa_topk_cases
 from vllm_sm12x.bench.machine import describe_machine, machine_line, write_result
-from vllm_sm12x.bench.projections import fp8_einsum_cases, hc_mix_cases, hc_prenorm_gemm_cases
+from vllm_sm12x.bench.projections import (
+    fp8_einsum_cases,
+    hc_mix_cases,
+    hc_post_prenorm_gemm_cases,
+    hc_prenorm_gemm_cases,
+)
 from vllm_sm12x.bench.race import measure
 from vllm_sm12x.bench.report import (
     COLUMNS,
@@ -48,6 +53,7 @@ CASES: dict[str, Callable[..., Iterator[Case]]] = {
     "hc_prenorm_gemm": hc_prenorm_gemm_cases,
     "hc_pre": partial(hc_mix_cases, HC_PRE),
     "hc_post": partial(hc_mix_cases, HC_POST),
+    "hc_post_prenorm_gemm": hc_post_prenorm_gemm_cases,
     "hc_head": partial(hc_mix_cases, HC_HEAD),
     "mqa_logits": mqa_logits_cases,
     "paged_mqa_logits": paged_mqa_logits_cases,

@@ -18,6 +18,9 @@ from vllm_sm12x.bench.case import (
 )
 from vllm_sm12x.ops.fp8_einsum.spec import FP8_EINSUM, Fp8EinsumShape
 from vllm_sm12x.ops.hc_head.spec import HC_HEAD
+from vllm_sm12x.ops.hc_post import hc_post
+from vllm_sm12x.ops.hc_post_prenorm_gemm.spec import HC_POST_PRENORM_GEMM, HcPostPrenormGemmShape
+from vllm_sm12x.ops.hc_prenorm_gemm import hc_prenorm_gemm
 from vllm_sm12x.ops.hc_prenorm_gemm.spec import HC_PRENORM_GEMM, HcPrenormGemmShape
 from vllm_sm12x.ops.launch import multiprocessors
 from vllm_sm12x.ops.op_spec import OpSpec
@@ -26,6 +29,7 @@ from vllm_sm12x.vllm_api.peers import Peers
 # How far DeepGEMM may be from ours, and why it may.
 EINSUM_DIFFERENCE = 2**-7  # two roundings to bf16, on top of an FP8 MMA's 14 bits of a sum
 PRENORM_DIFFERENCE = 2e-3  # tf32 has 11 bits, ours are fp32 products
+TWO_KERNELS = "ours, in two kernels"
 
 
 def fp8_einsum_cases(
@@ -167,6 +171,57 @@ def prenorm_difference(theirs: tuple, ours: tuple) -> float:
     """The larger relative difference of the two results, each summed over its splits."""
     pairs = zip(ours, theirs, strict=True)
     return max(relative_error(mine.sum(0), other.sum(0)) for mine, other in pairs)
+
+
+def hc_post_prenorm_gemm_cases(
+    peers: Peers,
+    device: torch.device,
+    shapes: Sequence[HcPostPrenormGemmShape] = HC_POST_PRENORM_GEMM.bench,
+) -> Iterator[Case]:
+    """From a layer to the next in one kernel, against the two that do the same."""
+    op = HC_POST_PRENORM_GEMM
+    invariant = partial(op.function, batch_invariant=True)
+    for shape in shapes:
+        count = input_sets(shape.bytes, device)
+        sets = [op.inputs(shape, device=device, seed=seed) for seed in range(count)]
+        yield Case(
+            op=op.name,
+            shape=f"T {shape.tokens}, {shape.streams} x {shape.width}",
+            series=f"{shape.streams} x {shape.width}",
+            at=shape.tokens,
+            ours=[partial(op.function, **inputs) for inputs in sets],
+            peers={TWO_KERNELS: partial(calls_of, in_two_kernels, sets)},
+            error=partial(post_prenorm_error, sets[0]),
+            tolerance=op.tolerance,
+            difference=post_prenorm_difference,
+            peer_tolerance=op.tolerance,
+            bytes=shape.bytes,
+            flops=shape.flops,
+            invariant=partial(calls_of, _calls_with(invariant), sets),
+        )
+
+
+def in_two_kernels(inputs: dict[str, Any]) -> Call:
+    """hc_post, and hc_prenorm_gemm of the streams that it wrote."""
+    inputs = dict(inputs)
+    fn, splits = inputs.pop("fn"), inputs.pop("num_splits")
+
+    def call() -> tuple[torch.Tensor, ...]:
+        streams = hc_post(**inputs)
+        return streams, *hc_prenorm_gemm(streams.flatten(1), fn, num_splits=splits)
+
+    return call
+
+
+def post_prenorm_error(inputs: dict[str, Any], result: tuple) -> float:
+    """The error against the oracle, which has one split."""
+    return post_prenorm_difference(HC_POST_PRENORM_GEMM.oracle(**inputs), result)
+
+
+def post_prenorm_difference(theirs: tuple, ours: tuple) -> float:
+    """The largest relative difference of the streams, and of the sums over splits."""
+    streams = relative_error(ours[0], theirs[0].float())
+    return max(streams, prenorm_difference(theirs[1:], ours[1:]))
 
 
 def hc_mix_cases(
