@@ -13,7 +13,7 @@ from vllm_sm12x.ops import fp8_einsum, hc_post_prenorm_gemm, hc_prenorm_gemm, la
 from vllm_sm12x.ops.fp8_einsum.config import CONFIGS as EINSUM_CONFIGS
 from vllm_sm12x.ops.fp8_einsum.config import LaunchPlan
 from vllm_sm12x.ops.fp8_einsum.spec import Fp8EinsumShape, fp8_einsum_inputs
-from vllm_sm12x.ops.hc_post_prenorm_gemm.config import CONFIGS as POST_PRENORM_CONFIGS
+from vllm_sm12x.ops.hc_post_prenorm_gemm.config import CONFIG as POST_PRENORM
 from vllm_sm12x.ops.hc_post_prenorm_gemm.spec import (
     HcPostPrenormGemmShape,
     hc_post_prenorm_gemm_inputs,
@@ -23,7 +23,6 @@ from vllm_sm12x.ops.hc_prenorm_gemm.spec import HcPrenormGemmShape, hc_prenorm_g
 
 # By import_module: the package's attributes of these names are the functions.
 einsum_module = importlib.import_module("vllm_sm12x.ops.fp8_einsum")
-post_prenorm_module = importlib.import_module("vllm_sm12x.ops.hc_post_prenorm_gemm")
 prenorm_module = importlib.import_module("vllm_sm12x.ops.hc_prenorm_gemm")
 
 E4M3_MMA = "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32"
@@ -110,25 +109,22 @@ class PrenormCase(Case):
 
 @dataclass(frozen=True)
 class PostPrenormCase(Case):
-    """One call of hc_post_prenorm_gemm; `config` is an index into its CONFIGS.
+    """One call of hc_post_prenorm_gemm.
 
     Attributes:
         row_padding: elements between the rows of the residual.
     """
 
-    config: int
     width: int = 4096
     streams: int = 4
     row_padding: int = 0
 
     def __str__(self) -> str:
-        config = POST_PRENORM_CONFIGS[self.config]
-        return f"sm_{self.arch}-{config}-d{self.width}-hc{self.streams}"
+        return f"sm_{self.arch}-d{self.width}-hc{self.streams}"
 
     @property
     def tile(self) -> str | None:
-        config = POST_PRENORM_CONFIGS[self.config]
-        return None if self.row_padding else f"{config} hc{self.streams}"
+        return None if self.row_padding else f"{POST_PRENORM} hc{self.streams}"
 
     def call(self) -> None:
         shape = HcPostPrenormGemmShape(3, width=self.width, streams=self.streams)
@@ -136,11 +132,7 @@ class PostPrenormCase(Case):
         if self.row_padding:
             padded = inputs["residual"].new_empty(3, self.streams, self.width + self.row_padding)
             inputs["residual"] = padded[..., : self.width]
-        config = POST_PRENORM_CONFIGS[self.config]
-        with (
-            mock.patch.object(launch, "multiprocessors", return_value=SMS),
-            mock.patch.object(post_prenorm_module, "choose", return_value=config),
-        ):
+        with mock.patch.object(launch, "multiprocessors", return_value=SMS):
             hc_post_prenorm_gemm(**inputs)
 
 
@@ -158,9 +150,8 @@ PRENORM_CASES = [
     for rows in (24, 32)
 ]
 POST_PRENORM_CASES = [
-    PostPrenormCase(arch, config, width, streams)
+    PostPrenormCase(arch, width, streams)
     for arch in (120, 121)
-    for config in range(len(POST_PRENORM_CONFIGS))
     for width, streams in ((4096, 4), (7168, 4), (4096, 2), (4096, 1))
 ]
 
@@ -198,12 +189,11 @@ def test_hc_prenorm_gemm_fits_sm12x(case, compiled):
 def test_hc_post_prenorm_gemm_fits_sm12x(case, compiled):
     (fused,) = compiled(case)
     check_fits(fused)
-    config = POST_PRENORM_CONFIGS[case.config]
-    threads, programs = 32 * config.num_warps, config.programs_per_sm
+    threads, programs = 32 * POST_PRENORM.num_warps, POST_PRENORM.programs_per_sm
     assert programs * threads * fused.registers <= SM_REGISTERS
     assert programs * (fused.shared + RESERVED) <= SM_SHARED_MEMORY
     # fn by copies; x and the residual before the loop and in it, the mixes 4 bytes at a time.
-    bits = 16 * min(8, config.block_t * config.block_d // threads)
+    bits = 16 * min(8, POST_PRENORM.block_t * POST_PRENORM.block_d // threads)
     assert set(fused.copies) == {128}
     assert set(fused.loads) == {32, bits} and fused.loads[bits] % (2 * (case.streams + 1)) == 0
     assert set(fused.mma) == {BF16_MMA}
@@ -212,7 +202,7 @@ def test_hc_post_prenorm_gemm_fits_sm12x(case, compiled):
 
 def test_the_gate_sees_a_residual_that_breaks_wide_loads(compiled):
     """2 bytes more a row, and Triton can no longer prove 16-byte alignment."""
-    (fused,) = compiled(PostPrenormCase(120, 1, row_padding=1))
+    (fused,) = compiled(PostPrenormCase(120, row_padding=1))
     assert 16 in fused.loads, f"loads by bits: {fused.loads}"
 
 

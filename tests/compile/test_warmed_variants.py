@@ -19,6 +19,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from vllm_sm12x.integration.launch_variants import Target, Widths, representatives
+from vllm_sm12x.ops.hc_post_prenorm_gemm.config import MOST_TOKENS as ONE_KERNEL_TOKENS
 from vllm_sm12x.ops.sparse_mla.config import UNPACK_TOKENS, LaunchPolicy
 
 FLASH = Widths(
@@ -127,8 +128,9 @@ def launches(widths, invariant, wgmma, decodes, prefills, prefilling=1):
     hc_pre(*products, scale, base, first, expanded=torch.empty_like(residual), **mixing)
     after = (first, residual, torch.empty(total, streams), torch.empty(total, streams, streams))
     hc_post(*after)
-    mixed, *products = hc_post_prenorm_gemm(*after, torch.empty(cells, streams * hidden), **mode)
-    hc_pre(*products, scale, base, mixed, **mixing)
+    if total <= ONE_KERNEL_TOKENS and not invariant:
+        mixed, *products = hc_post_prenorm_gemm(*after, torch.empty(cells, streams * hidden))
+        hc_pre(*products, scale, base, mixed, **mixing)
     hc_head(
         residual, torch.empty(streams, streams * hidden), torch.empty(1), torch.empty(streams),
         rms_eps=1e-6, hc_eps=1e-6, **mode,

@@ -128,6 +128,7 @@ FORWARD = (
 import torch
 from types import SimpleNamespace
 from vllm.model_executor.kernels.mhc.torch import mhc_post_torch, mhc_pre_torch
+from vllm_sm12x.integration import hyper_connections
 
 TOKENS, STREAMS, WIDTH = 5, 4, 128
 gen = torch.Generator().manual_seed(0)
@@ -193,7 +194,15 @@ def hc_head(hs, fn, scale, base, rms_eps, hc_eps):
 
 with torch.no_grad():
     applied, state = settled()
-    got = {kind: run(first) for kind, first in firsts.items()}
+    fused_op, fused_calls = hyper_connections.hc_post_prenorm_gemm, []
+    def counted(*inputs):
+        fused_calls.append(len(inputs[0]))
+        return fused_op(*inputs)
+    hyper_connections.hc_post_prenorm_gemm = counted
+    got = {"one kernel": {kind: run(first) for kind, first in firsts.items()}}
+    # As for more tokens than that.
+    hyper_connections.most_tokens_of_one_kernel = lambda: TOKENS - 1
+    got["two kernels"] = {kind: run(first) for kind, first in firsts.items()}
     applied.undo_all()
     model.mhc_pre_tilelang, model.mhc_pre_broadcast_tilelang = pre, pre_broadcast
     model.mhc_fused_post_pre_tilelang, model.mhc_post_tilelang = fused, mhc_post_torch
@@ -204,9 +213,9 @@ def compare(a, b):
     same = a.shape == b.shape and a.dtype == b.dtype
     return [same, ((a.float() - b.float()).norm() / b.float().norm()).item()]
 
-answer({"state": state, "firsts": sorted(firsts),
-        "compared": {f"{kind}: {name}": compare(got[kind][name], want[kind][name])
-                     for kind in firsts for name in got[kind]}})
+answer({"state": state, "firsts": sorted(firsts), "fused": fused_calls,
+        "compared": {f"{way}, {kind}: {name}": compare(got[way][kind][name], want[kind][name])
+                     for way in got for kind in firsts for name in want[kind]}})
 """
 )
 
@@ -284,6 +293,8 @@ def test_a_vllm_that_moved_is_seen(drift, change, state, message):
 def test_layers_compute_what_vllm_computes_in_torch(forward, vllm_version):
     assert forward["state"][0] == "active", forward["state"]
     assert forward["firsts"] == ["embedding", "streams"][vllm_version < (0, 26) :]
+    # Of the two sub-layers of each of two layers all but the first follow another.
+    assert forward["fused"] == [5] * 3 * len(forward["firsts"])
     for name, (same_kind, error) in forward["compared"].items():
         print(f"{name}: relative error {error:.1e}")
         assert same_kind, f"{name}: another shape or dtype"

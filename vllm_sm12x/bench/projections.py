@@ -180,7 +180,6 @@ def hc_post_prenorm_gemm_cases(
 ) -> Iterator[Case]:
     """From a layer to the next in one kernel, against the two that do the same."""
     op = HC_POST_PRENORM_GEMM
-    invariant = partial(op.function, batch_invariant=True)
     for shape in shapes:
         count = input_sets(shape.bytes, device)
         sets = [op.inputs(shape, device=device, seed=seed) for seed in range(count)]
@@ -197,7 +196,6 @@ def hc_post_prenorm_gemm_cases(
             peer_tolerance=op.tolerance,
             bytes=shape.bytes,
             flops=shape.flops,
-            invariant=partial(calls_of, _calls_with(invariant), sets),
         )
 
 

@@ -19,6 +19,7 @@ from vllm_sm12x.integration import providers, selection
 from vllm_sm12x.ops.hc_head import hc_head
 from vllm_sm12x.ops.hc_post import hc_post
 from vllm_sm12x.ops.hc_post_prenorm_gemm import hc_post_prenorm_gemm
+from vllm_sm12x.ops.hc_post_prenorm_gemm.config import MOST_TOKENS
 from vllm_sm12x.ops.hc_pre import hc_pre
 from vllm_sm12x.vllm_api.config import current_config
 from vllm_sm12x.vllm_api.envs import batch_invariant
@@ -31,14 +32,14 @@ def prenorm_gemm() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
 
 
 @functools.cache
-def post_prenorm_gemm() -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """hc_post and what serves hc_prenorm_gemm: one kernel where both are ours.
+def most_tokens_of_one_kernel() -> int:
+    """Up to how many tokens hc_post and hc_prenorm_gemm are one kernel in this process.
 
-    Its arguments and results are those of `vllm_sm12x.ops.hc_post_prenorm_gemm`.
+    None where another provider serves the second, or where batches must not matter: which of the
+    two ways a token goes depends on how many there are.
     """
-    if providers.chosen("hc_prenorm_gemm").name == "triton":
-        return functools.partial(hc_post_prenorm_gemm, batch_invariant=batch_invariant())
-    return _post_then_prenorm_gemm
+    ours = providers.chosen("hc_prenorm_gemm").name == "triton"
+    return MOST_TOKENS if ours and not batch_invariant() else 0
 
 
 @functools.cache
@@ -174,17 +175,21 @@ def mhc_fused_post_pre(
     Returns the streams bf16 [..., hc, d], and post_mix, comb_mix and layer_input of `mhc_pre`.
     """
     *outer, hc, width = residual.shape
-    streams, parts, sqrsum = post_prenorm_gemm()(
+    after = (
         x.view(-1, width),
         residual.view(-1, hc, width),
         post_layer_mix.view(-1, hc),
         comb_res_mix.view(-1, hc, hc),
-        fn,
     )
+    if len(after[0]) <= most_tokens_of_one_kernel():
+        streams, *products = hc_post_prenorm_gemm(*after, fn)
+    else:
+        streams = hc_post(*after)
+        products = prenorm_gemm()(streams.flatten(1), fn)
     mixes_and_input = _pre(
         outer,
         streams,
-        (parts, sqrsum),
+        products,
         hc_scale,
         hc_base,
         rms_eps=rms_eps,
@@ -229,22 +234,10 @@ REPLACEMENTS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _post_then_prenorm_gemm(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    post_mix: torch.Tensor,
-    comb_mix: torch.Tensor,
-    fn: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`vllm_sm12x.ops.hc_post_prenorm_gemm` in two kernels."""
-    streams = hc_post(x, residual, post_mix, comb_mix)
-    return streams, *prenorm_gemm()(streams.flatten(1), fn)
-
-
 def _pre(
     outer: Sequence[int],
     streams: torch.Tensor,
-    products: tuple[torch.Tensor, torch.Tensor],
+    products: Sequence[torch.Tensor],
     hc_scale: torch.Tensor,
     hc_base: torch.Tensor,
     **settings: Any,

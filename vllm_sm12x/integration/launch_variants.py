@@ -110,13 +110,11 @@ def variants(widths: Widths, tokens: int, target: Target) -> set[Hashable]:
         config = hc_prenorm_gemm.choose(tokens, batch_invariant=invariant)
         found.add(("hc_prenorm_gemm", depth, config))
         found.add(("hc_pre", depth, hc_pre.choose(splits)))
-    splits = hc_post_prenorm_gemm.splits_of(
-        tokens, widths.hidden, sms=sms, batch_invariant=invariant
-    )
-    fused = hc_post_prenorm_gemm.choose(tokens, batch_invariant=invariant)
-    found.add(("hc_post_prenorm_gemm", fused))
-    # Another number of parts than hc_prenorm_gemm's, which a batch may not launch at this depth.
-    found.add(("hc_pre after hc_post_prenorm_gemm", hc_pre.choose(splits)))
+    if tokens <= hc_post_prenorm_gemm.MOST_TOKENS and not invariant:
+        splits = hc_post_prenorm_gemm.splits_of(tokens, widths.hidden, sms=sms)
+        found.add("hc_post_prenorm_gemm")
+        # Of another number of parts than hc_prenorm_gemm's at this depth.
+        found.add(("hc_pre after hc_post_prenorm_gemm", hc_pre.choose(splits)))
     return found
 
 

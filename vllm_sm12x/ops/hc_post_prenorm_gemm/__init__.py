@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from vllm_sm12x.ops import launch
-from vllm_sm12x.ops.hc_post_prenorm_gemm.config import choose, splits_of
+from vllm_sm12x.ops.hc_post_prenorm_gemm.config import CONFIG, splits_of
 from vllm_sm12x.ops.hc_post_prenorm_gemm.kernel import hc_post_prenorm_gemm_kernel
 from vllm_sm12x.ops.hc_pre.arguments import check_streams, check_tensor
 
@@ -23,9 +23,11 @@ def hc_post_prenorm_gemm(
     *,
     streams: torch.Tensor | None = None,
     num_splits: int | None = None,
-    batch_invariant: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """hc_post, and hc_prenorm_gemm of what it writes: the streams are not read again.
+
+    For few tokens: from some 128 on the two ops are as fast. A token's bits depend on T, and its
+    streams may differ from hc_post's by one bf16 ulp: where batches must not matter, take the two.
 
     hc is 1, 2 or 4, and d from 1 to 16384. Tensors have contiguous rows; their other strides may be
     anything. fn counts to 2^-18 of each value, the sums are fp32. Same inputs give the same bits.
@@ -39,7 +41,6 @@ def hc_post_prenorm_gemm(
         streams: bf16 [T, hc, d] that takes the streams, no part of another argument; None allocates
             it.
         num_splits: S, at least 1; None: by shape and device (config.py).
-        batch_invariant: a token's bits, and S unless it is given, do not depend on T; slower.
 
     Returns:
         streams, out fp32 [S, T, N] and sqrsum fp32 [S, T]; the sums of out and sqrsum over S are
@@ -72,14 +73,13 @@ def hc_post_prenorm_gemm(
         raise ValueError(f"num_splits: expected at least 1, got {num_splits}")
     sms = launch.multiprocessors("residual", device)
 
-    splits = num_splits or splits_of(tokens, width, sms=sms, batch_invariant=batch_invariant)
+    splits = num_splits or splits_of(tokens, width, sms=sms)
     out = post_mix.new_empty((splits, tokens, rows))
     sqrsum = post_mix.new_empty((splits, tokens))
     if tokens:
-        config = choose(tokens, batch_invariant=batch_invariant)
-        steps = triton.cdiv(width, config.block_d)
+        steps = triton.cdiv(width, CONFIG.block_d)
         with launch.on_device(device):
-            hc_post_prenorm_gemm_kernel[(triton.cdiv(tokens, config.block_t) * splits,)](
+            hc_post_prenorm_gemm_kernel[(triton.cdiv(tokens, CONFIG.block_t) * splits,)](
                 x,
                 residual,
                 post_mix,
@@ -104,11 +104,11 @@ def hc_post_prenorm_gemm(
                 streams.stride(0),
                 streams.stride(1),
                 HC=hc,
-                BLOCK_T=config.block_t,
+                BLOCK_T=CONFIG.block_t,
                 BLOCK_N=max(16, triton.next_power_of_2(rows)),
-                BLOCK_D=config.block_d,
+                BLOCK_D=CONFIG.block_d,
                 DOT_DTYPE=launch.dot_dtype(tl.bfloat16),
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
+                num_warps=CONFIG.num_warps,
+                num_stages=CONFIG.num_stages,
             )
     return streams, out, sqrsum
