@@ -182,14 +182,14 @@ def mhc_fused_post_pre(
         comb_res_mix.view(-1, hc, hc),
     )
     if len(after[0]) <= most_tokens_of_one_kernel():
-        streams, *products = hc_post_prenorm_gemm(*after, fn)
+        streams, parts, sqrsum = hc_post_prenorm_gemm(*after, fn)
     else:
         streams = hc_post(*after)
-        products = prenorm_gemm()(streams.flatten(1), fn)
+        parts, sqrsum = prenorm_gemm()(streams.flatten(1), fn)
     mixes_and_input = _pre(
         outer,
         streams,
-        products,
+        (parts, sqrsum),
         hc_scale,
         hc_base,
         rms_eps=rms_eps,
@@ -237,7 +237,7 @@ REPLACEMENTS: dict[str, Callable[..., Any]] = {
 def _pre(
     outer: Sequence[int],
     streams: torch.Tensor,
-    products: Sequence[torch.Tensor],
+    products: tuple[torch.Tensor, torch.Tensor],
     hc_scale: torch.Tensor,
     hc_base: torch.Tensor,
     **settings: Any,
