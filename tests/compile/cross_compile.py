@@ -52,6 +52,7 @@ class Compiled:
         stack, local: both 0 when no register is spilled.
         loads: bits of one thread's global load -> how many such instructions, from the PTX.
         copies: the same of asynchronous copies to shared memory.
+        tma: how many loads of blocks by TMA, from the PTX.
         mma: tensor-core instructions by name, from the PTX.
         barriers: in each loop that has tensor-core instructions, from the PTX.
         serialised: what the assembler says of wgmma that it cannot leave in flight.
@@ -64,6 +65,7 @@ class Compiled:
     local: int
     loads: dict[int, int]
     copies: dict[int, int]
+    tma: int
     mma: dict[str, int]
     barriers: tuple[int, ...]
     serialised: tuple[str, ...]
@@ -125,6 +127,7 @@ def _inspect(name: str, kernel) -> Compiled:
         usage["LOCAL"],
         loads,
         copies,
+        len(re.findall(r"cp\.async\.bulk\.tensor\.\dd\.shared", ptx)),
         mma,
         tuple(len(re.findall(r"\bbar(?:rier)?\.sync\b", loop)) for loop in _mma_loops(ptx)),
         _serialised(ptx) if "wgmma" in ptx else (),

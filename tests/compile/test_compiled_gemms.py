@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the ops with a GEMM compile to on sm_120 and sm_121, in every configuration."""
+"""What the ops with a GEMM compile to on sm_120 and sm_121, in every configuration.
+
+And on sm_90, fp8_einsum for many tokens.
+"""
 
 import importlib
 from dataclasses import dataclass
@@ -11,7 +14,7 @@ from cross_compile import SMS, Case, Compiled
 from vllm_sm12x.device import SM12X_SHARED_MEMORY_BYTES
 from vllm_sm12x.ops import fp8_einsum, hc_post_prenorm_gemm, hc_prenorm_gemm, launch
 from vllm_sm12x.ops.fp8_einsum.config import CONFIGS as EINSUM_CONFIGS
-from vllm_sm12x.ops.fp8_einsum.config import LaunchPlan
+from vllm_sm12x.ops.fp8_einsum.config import HOPPER, LaunchPlan
 from vllm_sm12x.ops.fp8_einsum.spec import Fp8EinsumShape, fp8_einsum_inputs
 from vllm_sm12x.ops.hc_post_prenorm_gemm.config import CONFIG as POST_PRENORM
 from vllm_sm12x.ops.hc_post_prenorm_gemm.spec import (
@@ -32,6 +35,9 @@ FP16_MMA = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
 # With 1,024 B reserved for each, two such programs share the 102,400 B of an SM.
 HALF_AN_SM = 50_176
 SM_SHARED_MEMORY, RESERVED, SM_REGISTERS = 102_400, 1024, 65_536
+HOPPER_SM = 233_472  # of which each program takes those 1,024 B too
+# Of one step: 64 x 128 x 128.
+WGMMA = "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3"
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,38 @@ class EinsumCase(Case):
             mock.patch.object(einsum_module, "choose", return_value=plan),
         ):
             fp8_einsum(**inputs)
+
+
+@dataclass(frozen=True)
+class HopperEinsumCase(Case):
+    """One call of fp8_einsum that takes hopper.py's kernel; `scales` as in EinsumCase."""
+
+    scales: str = "fp32"
+    transposed: bool = False
+
+    def __str__(self) -> str:
+        flags = ["transposed"] * self.transposed
+        return "-".join([f"sm_{self.arch}", self.tile, self.scales, *flags])
+
+    @property
+    def tile(self) -> str:
+        return str(HOPPER)
+
+    def call(self) -> None:
+        shape = Fp8EinsumShape(
+            4161,
+            groups=2,
+            cols=1000,
+            depth=1024,
+            a_scale=self.scales,
+            b_scale=self.scales,
+            transposed=self.transposed,
+        )
+        with (
+            mock.patch.object(launch, "multiprocessors", return_value=132),
+            mock.patch.object(launch, "has_wgmma", return_value=True),
+        ):
+            fp8_einsum(**fp8_einsum_inputs(shape, device="cpu"))
 
 
 @dataclass(frozen=True)
@@ -143,6 +181,11 @@ EINSUM_CASES = [
     for scales in ("fp32", "e8m0")
     for split in (False, True)
 ]
+HOPPER_CASES = [
+    HopperEinsumCase(90, scales, transposed)
+    for scales in ("fp32", "e8m0")
+    for transposed in (False, True)
+]
 PRENORM_CASES = [
     PrenormCase(arch, config, rows)
     for arch in (120, 121)
@@ -174,6 +217,21 @@ def test_fp8_einsum_fits_sm12x(case, compiled):
     for launched in merge:
         check_fits(launched)
         assert set(launched.loads) == {128}
+
+
+@pytest.mark.parametrize("case", HOPPER_CASES, ids=str)
+def test_fp8_einsum_fits_hopper(case, compiled):
+    (product,) = compiled(case)
+    assert product.kernel == "fp8_einsum_hopper_kernel"
+    assert (product.stack, product.local) == (0, 0), "registers are spilled"
+    assert 2 * (product.shared + 1024) <= HOPPER_SM, f"{product.shared} B of shared memory"
+    assert product.mma.get(WGMMA) == 4, product.mma
+    assert not any(name.startswith("mma.") for name in product.mma), product.mma
+    assert product.serialised == ()
+    # A and B, for each stage but one before the loop, and once in it.
+    assert product.tma == 2 * HOPPER.num_stages
+    assert not product.copies, f"copies of values by threads: {product.copies}"
+    assert set(product.loads) == {32 if case.scales == "fp32" else 8}, "only scales by plain loads"
 
 
 @pytest.mark.parametrize("case", PRENORM_CASES, ids=str)

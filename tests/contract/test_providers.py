@@ -94,6 +94,15 @@ def test_a_deep_gemm_that_is_asked_for_multiplies_what_hc_post_wrote(complete, m
     assert most_tokens() == 0
 
 
+def test_an_engine_that_is_taken_for_sm12x_has_the_einsum_of_sm12x(machine, monkeypatch):
+    assert providers.implementation("fp8_einsum") is ops.fp8_einsum
+    monkeypatch.setenv("VLLM_SM12X_ASSUME", "12.0")
+    served = providers.implementation("fp8_einsum")
+    assert (served.func, served.keywords) == (ops.fp8_einsum, {"wgmma": False})
+    for op in ("hc_prenorm_gemm", "mqa_logits", "paged_mqa_logits"):
+        assert providers.implementation(op) is getattr(ops, op)
+
+
 @pytest.mark.parametrize("op", providers.OPS)
 def test_deep_gemm_serves_what_it_is_asked_for(complete, monkeypatch, op):
     monkeypatch.setenv("VLLM_SM12X_PROVIDERS", f"{op}=deep_gemm")

@@ -300,7 +300,10 @@ def test_in_the_mode_one_plan_serves_any_number_of_rows(
         held = one.tokens_per_launch * one.num_splits * heads * 512 * 4
         assert held <= max(64 << 20, one.num_splits * heads * 512 * 4)
     shape = (heads, candidates, -(-candidates // 128))
-    plans = {fp8_einsum.choose(t, *shape, sms=sms, batch_invariant=True) for t in (1, tokens)}
+    plans = {
+        fp8_einsum.choose(t, *shape, sms=sms, batch_invariant=True, hopper=wgmma)
+        for t in (1, tokens)
+    }
     assert {plan.num_splits for plan in plans} == {1} and len(plans) == 1
     splits = {
         hc_prenorm_gemm.splits_of(t, candidates, sms=sms, batch_invariant=True) for t in (1, tokens)

@@ -60,6 +60,24 @@ def exact_inputs(tokens: int, groups: int, cols: int, depth: int) -> dict:
     }
 
 
+def check_far_addresses() -> None:
+    """Last row of A, last group of B and last row of the output past 2^31 elements."""
+    tokens, stride = 3, 2**30 + 128
+    inputs = exact_inputs(tokens, 2, 16, 128)
+    storage = torch.empty(2 * stride + 256, dtype=torch.float8_e4m3fn, device=DEVICE)
+    far_a = storage.as_strided((tokens, 2, 128), (stride, 128, 1))
+    far_a.copy_(inputs["a"])
+    want = fp8_einsum_reference(**inputs)
+    assert torch.equal(fp8_einsum(**{**inputs, "a": far_a}).float(), want)
+    far_b = storage.as_strided((2, 16, 128), (2 * stride - 2048, 128, 1))
+    far_b.copy_(inputs["b"])
+    assert torch.equal(fp8_einsum(**{**inputs, "b": far_b}).float(), want)
+    storage = torch.empty(2 * stride + 32, dtype=torch.bfloat16, device=DEVICE)
+    far_out = storage.as_strided((tokens, 2, 16), (stride, 16, 1))
+    far_out.fill_(math.nan)
+    assert torch.equal(fp8_einsum(**inputs, out=far_out).float(), want)
+
+
 @pytest.mark.parametrize("shape", FP8_EINSUM.small, ids=str)
 def test_small_shapes(shape):
     check(fp8_einsum_inputs(shape, device=DEVICE))
@@ -170,21 +188,7 @@ def test_strided_values_and_output():
 
 
 def test_addresses_beyond_two_gib():
-    """Last row of A, last group of B and last row of the output past 2^31 elements."""
-    tokens, stride = 3, 2**30 + 128
-    inputs = exact_inputs(tokens, 2, 16, 128)
-    storage = torch.empty(2 * stride + 256, dtype=torch.float8_e4m3fn, device=DEVICE)
-    far_a = storage.as_strided((tokens, 2, 128), (stride, 128, 1))
-    far_a.copy_(inputs["a"])
-    want = fp8_einsum_reference(**inputs)
-    assert torch.equal(fp8_einsum(**{**inputs, "a": far_a}).float(), want)
-    far_b = storage.as_strided((2, 16, 128), (2 * stride - 2048, 128, 1))
-    far_b.copy_(inputs["b"])
-    assert torch.equal(fp8_einsum(**{**inputs, "b": far_b}).float(), want)
-    storage = torch.empty(2 * stride + 32, dtype=torch.bfloat16, device=DEVICE)
-    far_out = storage.as_strided((tokens, 2, 16), (stride, 16, 1))
-    far_out.fill_(math.nan)
-    assert torch.equal(fp8_einsum(**inputs, out=far_out).float(), want)
+    check_far_addresses()
 
 
 def test_same_inputs_give_the_same_bits():

@@ -85,9 +85,13 @@ def implementation(op: str) -> Callable[..., Any]:
         from vllm_sm12x.vllm_api.envs import batch_invariant
 
         function: Callable[..., Any] = getattr(ops, op)
+        options = {}
         if op in _PLANNED_BY_TOKENS and batch_invariant():
-            return functools.partial(function, batch_invariant=True)
-        return function
+            options["batch_invariant"] = True
+        # An engine that is taken for SM12x runs what SM12x would run.
+        if op == "fp8_einsum" and knobs.get("VLLM_SM12X_ASSUME") is not None:
+            options["wgmma"] = False
+        return functools.partial(function, **options) if options else function
     from vllm_sm12x.integration import deep_gemm_ops
 
     return getattr(deep_gemm_ops, op)

@@ -6,7 +6,12 @@ import triton
 import triton.language as tl
 
 from vllm_sm12x.ops import launch
-from vllm_sm12x.ops.fp8_einsum.config import SCALE_BLOCK, LaunchPlan, choose
+from vllm_sm12x.ops.fp8_einsum.config import HOPPER_BAND, SCALE_BLOCK, LaunchPlan, choose
+from vllm_sm12x.ops.fp8_einsum.hopper import (
+    describable,
+    descriptor,
+    fp8_einsum_hopper_kernel,
+)
 from vllm_sm12x.ops.fp8_einsum.kernel import fp8_einsum_kernel, fp8_einsum_merge_kernel
 
 _E8M0 = (torch.float8_e8m0fnu, torch.uint8)
@@ -20,6 +25,7 @@ def fp8_einsum(
     *,
     out: torch.Tensor | None = None,
     batch_invariant: bool = False,
+    wgmma: bool = True,
 ) -> torch.Tensor:
     """out[t,g,d] = sum_r a[t,g,r] a_scale[t,g,r/128] b[g,d,r] b_scale[g,d/128,r/128].
 
@@ -33,6 +39,8 @@ def fp8_einsum(
         b_scale: [G, ceil(D/128), R/128], in the form of a_scale; the two may differ in dtype.
         out: bf16 [T, G, D] with contiguous rows to write into; allocated if None.
         batch_invariant: a token's bits do not depend on T; slower.
+        wgmma: whether a Hopper GPU may take its kernel of wgmma and TMA, as it does for many
+            tokens whose a and b have addresses and strides that are multiples of 16 bytes.
 
     Returns:
         out.
@@ -62,8 +70,17 @@ def fp8_einsum(
     if out is None:
         out = a.new_empty((tokens, groups, cols), dtype=torch.bfloat16)
     if out.numel():
-        plan = choose(tokens, groups, cols, steps, sms=sms, batch_invariant=batch_invariant)
-        _launch(plan, a, a_scale, b, b_scale, out)
+        plan = choose(
+            tokens,
+            groups,
+            cols,
+            steps,
+            sms=sms,
+            batch_invariant=batch_invariant,
+            hopper=wgmma and launch.has_wgmma(a.device) and describable(a) and describable(b),
+        )
+        run = _launch_hopper if plan.config.hopper else _launch
+        run(plan, a, a_scale, b, b_scale, out)
     return out
 
 
@@ -125,6 +142,44 @@ def _launch(
                 BLOCK_D=512,
                 num_warps=4,
             )
+
+
+def _launch_hopper(
+    plan: LaunchPlan,
+    a: torch.Tensor,
+    a_scale: torch.Tensor,
+    b: torch.Tensor,
+    b_scale: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    config = plan.config
+    tokens, groups, cols = out.shape
+    row_tiles = triton.cdiv(tokens, config.block_t)
+    col_tiles = triton.cdiv(cols, config.block_d)
+    with launch.on_device(a.device):
+        fp8_einsum_hopper_kernel[(groups * row_tiles * col_tiles,)](
+            descriptor(a.transpose(0, 1), config.block_t),
+            _bytes(a_scale),
+            descriptor(b, config.block_d),
+            _bytes(b_scale),
+            out,
+            tokens,
+            cols,
+            col_tiles,
+            row_tiles,
+            plan.steps_per_split,
+            *a_scale.stride(),
+            *b_scale.stride(),
+            *out.stride()[:2],
+            A_E8M0=a_scale.dtype in _E8M0,
+            B_E8M0=b_scale.dtype in _E8M0,
+            BLOCK_T=config.block_t,
+            BLOCK_D=config.block_d,
+            BAND=HOPPER_BAND,
+            DOT_DTYPE=launch.dot_dtype(tl.float8e4nv),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
 
 
 def _bytes(scale: torch.Tensor) -> torch.Tensor:

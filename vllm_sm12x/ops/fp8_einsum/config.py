@@ -12,6 +12,7 @@ class LaunchConfig:
 
     Attributes:
         scales_first: a program loads all its scales before its loop (kernel.py).
+        hopper: hopper.py's kernel, of wgmma and TMA, which does not split R.
     """
 
     block_t: int
@@ -19,9 +20,10 @@ class LaunchConfig:
     num_warps: int
     num_stages: int
     scales_first: bool = False
+    hopper: bool = False
 
     def __str__(self) -> str:
-        return f"{self.block_t}x{self.block_d}"
+        return f"{self.block_t}x{self.block_d}{' wgmma' if self.hopper else ''}"
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,13 @@ SOME, MANY = CONFIGS[2:]
 # For any number of tokens; B is read once for 64 tokens, as it is without.
 INVARIANT = SOME
 PROGRAMS_PER_SM = 2
+# For many tokens natively on Hopper. Experiment at T = 4096 with 8 groups on an H200, us: this one
+# 311, 128 x 64 with 3 stages 330, 128 x 128 with 8 warps 345, kernel.py's 128 x 64 359, MANY 384.
+HOPPER = LaunchConfig(block_t=64, block_d=128, num_warps=4, num_stages=4, hopper=True)
+# HOPPER serves where it has more programs for each multiprocessor than this: as MANY.
+HOPPER_PROGRAMS_PER_SM = 2
+# Row tiles of HOPPER that run next to each other: 4,096 tokens, of which A takes 16 MiB of L2.
+HOPPER_BAND = 64
 # Parts of R, fp32, that are written and read again.
 MAX_SPLITS = 4
 # K steps below which a split is only prologue of its pipeline.
@@ -59,11 +68,20 @@ MIN_STEPS = 4
 
 
 def choose(
-    tokens: int, groups: int, cols: int, steps: int, *, sms: int, batch_invariant: bool = False
+    tokens: int,
+    groups: int,
+    cols: int,
+    steps: int,
+    *,
+    sms: int,
+    batch_invariant: bool = False,
+    hopper: bool = False,
 ) -> LaunchPlan:
     """The tile that covers the tokens, with R split until the GPU has its programs.
 
-    `batch_invariant`: INVARIANT without splits, in which a token's bits do not depend on `tokens`.
+    Args:
+        batch_invariant: INVARIANT without splits: a token's bits do not depend on `tokens`.
+        hopper: hopper.py's kernel runs on this GPU and with this layout; taken for many tokens.
     """
     if batch_invariant:
         return LaunchPlan(INVARIANT, 1, steps)
@@ -71,6 +89,8 @@ def choose(
     def programs(config: LaunchConfig) -> int:
         return groups * -(-tokens // config.block_t) * -(-cols // config.block_d)
 
+    if hopper and programs(HOPPER) > HOPPER_PROGRAMS_PER_SM * sms:
+        return LaunchPlan(HOPPER, 1, steps)
     config = next((c for c in CONFIGS[:2] if tokens <= c.block_t), SOME)
     if programs(MANY) > PROGRAMS_PER_SM * sms:
         config = MANY

@@ -19,7 +19,7 @@ _RUNTIME_SIZES = ["tokens", "col_tiles", "row_tiles", "steps", "steps_per_split"
 
 
 @triton.jit
-def _as_float(scale, E8M0: tl.constexpr):
+def as_float(scale, E8M0: tl.constexpr):
     """A scale as fp32; an e8m0 byte b is 2^(b-127), 0 a subnormal of fp32, 255 a NaN."""
     if not E8M0:
         return scale
@@ -100,7 +100,7 @@ def fp8_einsum_kernel(
             other=0,
         )
         b_scales = tl.load(b_scale_ptr + j * b_scale_stride_k, mask=there, other=0)
-        scales = _as_float(a_scales, A_E8M0) * _as_float(b_scales, B_E8M0)[None, :]
+        scales = as_float(a_scales, A_E8M0) * as_float(b_scales, B_E8M0)[None, :]
     else:
         a_scale = tl.load(a_scale_ptrs, mask=in_rows & (own_steps > 0), other=0)
         b_scale = tl.load(b_scale_ptr, mask=own_steps > 0, other=0)
@@ -111,7 +111,7 @@ def fp8_einsum_kernel(
         if SCALES_FIRST:
             scale = tl.sum(tl.where(j[None, :] == step, scales, 0.0), 1)
         else:
-            scale = _as_float(a_scale, A_E8M0) * _as_float(b_scale, B_E8M0)
+            scale = as_float(a_scale, A_E8M0) * as_float(b_scale, B_E8M0)
             more = step + 1 < own_steps
             a_scale_ptrs += a_scale_stride_k
             b_scale_ptr += b_scale_stride_k
