@@ -54,10 +54,12 @@ SOME, MANY = CONFIGS[2:]
 # For any number of tokens; B is read once for 64 tokens, as it is without.
 INVARIANT = SOME
 PROGRAMS_PER_SM = 2
-# For many tokens natively on Hopper. Experiment at T = 4096 with 8 groups on an H200, us: this one
-# 311, 128 x 64 with 3 stages 330, 128 x 128 with 8 warps 345, kernel.py's 128 x 64 359, MANY 384.
-HOPPER = LaunchConfig(block_t=64, block_d=128, num_warps=4, num_stages=4, hopper=True)
-# HOPPER serves where it has more programs for each multiprocessor than this: as MANY.
+# For many tokens natively on Hopper. T = 4096 with 8 groups on an H200, one run, us: this one 273,
+# with 4 stages, of which two programs fit instead of three, 295, 128 x 64 311, 128 x 128 with 8
+# warps 318, MANY 353.
+HOPPER = LaunchConfig(block_t=64, block_d=128, num_warps=4, num_stages=3, hopper=True)
+# HOPPER serves where it has more programs for each multiprocessor than this: as MANY. With 1.9 it
+# would save 4 us of 26, and a call takes some 10 us more on the host.
 HOPPER_PROGRAMS_PER_SM = 2
 # Row tiles of HOPPER that run next to each other: 4,096 tokens, of which A takes 16 MiB of L2.
 HOPPER_BAND = 64
