@@ -2,6 +2,7 @@
 """What every test shares: where kernels run, the markers, and hypothesis' profile."""
 
 import os
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -20,6 +21,17 @@ if not HAS_GPU:
 hypothesis.settings.register_profile("local", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture
+def poisoned_allocations() -> Iterator[None]:
+    """torch.empty holds NaN, so that an element that no program writes shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(1).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
 def pytest_configure(config: pytest.Config) -> None:

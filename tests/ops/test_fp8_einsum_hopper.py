@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from test_fp8_einsum import DEVICE, check, check_far_addresses, exact_inputs, module, nan_output
 
 from vllm_sm12x.ops import fp8_einsum, launch
+from vllm_sm12x.ops.fp8_einsum import describable
 from vllm_sm12x.ops.fp8_einsum.config import (
     CONFIGS,
     HOPPER,
@@ -19,7 +20,6 @@ from vllm_sm12x.ops.fp8_einsum.config import (
     LaunchPlan,
     choose,
 )
-from vllm_sm12x.ops.fp8_einsum.hopper import describable
 from vllm_sm12x.ops.fp8_einsum.reference import fp8_einsum_reference
 from vllm_sm12x.ops.fp8_einsum.spec import Fp8EinsumShape, fp8_einsum_inputs
 

@@ -13,17 +13,9 @@ from vllm_sm12x.ops.hc_head.reference import hc_head_reference
 from vllm_sm12x.ops.hc_head.spec import HC_HEAD, HcHeadShape, hc_head_inputs
 from vllm_sm12x.ops.hc_pre.arguments import STREAM_COUNTS
 
+pytestmark = pytest.mark.usefixtures("poisoned_allocations")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def poisoned_allocations():
-    """torch.empty holds NaN, so that an element that no program writes shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(1).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def check(inputs: dict, want: torch.Tensor | None = None) -> None:

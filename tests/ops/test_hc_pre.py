@@ -17,21 +17,13 @@ from vllm_sm12x.ops.hc_pre.reference import hc_pre_reference
 from vllm_sm12x.ops.hc_pre.spec import HC_PRE, HcPreShape, hc_pre_inputs
 from vllm_sm12x.ops.hc_prenorm_gemm import hc_prenorm_gemm
 
+pytestmark = pytest.mark.usefixtures("poisoned_allocations")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MIXES_TOLERANCE = 1e-5  # fp32 on both sides: a few 1e-7, after 20 iterations
 # A GPU rounds where the interpreter truncates.
 INPUT_TOLERANCE = HC_PRE.tolerance / (4 if DEVICE == "cuda" else 1)
 module = importlib.import_module("vllm_sm12x.ops.hc_pre")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_allocations():
-    """torch.empty holds NaN, so that an element that no program writes shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(1).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:

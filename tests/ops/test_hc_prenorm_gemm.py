@@ -15,22 +15,13 @@ from vllm_sm12x.ops.hc_prenorm_gemm.spec import (
     hc_prenorm_gemm_inputs,
 )
 
+pytestmark = pytest.mark.usefixtures("poisoned_allocations")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Where a GPU rounds to bf16 (2^-9 for each of two terms), the interpreter truncates (2^-7); the
 # other bit is the tensor core's, which truncates the sum of both products.
 TERMS = 2**-17 if DEVICE == "cuda" else 2**-14
 TOLERANCE = HC_PRENORM_GEMM.tolerance if DEVICE == "cuda" else TERMS
-
-
-@pytest.fixture(autouse=True)
-def poisoned_allocations():
-    """torch.empty holds NaN, so that an element that no program writes shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    assert torch.empty(1).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def sums(inputs: dict) -> list[torch.Tensor]:

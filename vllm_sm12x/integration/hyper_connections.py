@@ -35,8 +35,8 @@ def prenorm_gemm() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
 def most_tokens_of_one_kernel() -> int:
     """Up to how many tokens hc_post and hc_prenorm_gemm are one kernel in this process.
 
-    None where another provider serves the second, or where batches must not matter: which of the
-    two ways a token goes depends on how many there are.
+    0 where another provider serves the second, or where batches must not matter: which of the two
+    ways a token goes depends on how many there are.
     """
     ours = providers.chosen("hc_prenorm_gemm").name == "triton"
     return MOST_TOKENS if ours and not batch_invariant() else 0

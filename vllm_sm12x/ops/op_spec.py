@@ -2,8 +2,23 @@
 """The row that every op has in `ops/specs.py`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
+
+
+@dataclass(frozen=True)
+class TokensShape:
+    """Axes of one call for that many tokens; printed as T and the axes that are not the default."""
+
+    tokens: int
+
+    def __str__(self) -> str:
+        changed = [
+            f"{axis.name}{getattr(self, axis.name)}"
+            for axis in fields(self)
+            if axis.name != "tokens" and getattr(self, axis.name) != axis.default
+        ]
+        return "-".join([f"T{self.tokens}", *changed])
 
 
 @dataclass(frozen=True)

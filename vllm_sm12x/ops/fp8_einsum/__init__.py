@@ -7,11 +7,6 @@ import triton.language as tl
 
 from vllm_sm12x.ops import launch
 from vllm_sm12x.ops.fp8_einsum.config import HOPPER_BAND, SCALE_BLOCK, LaunchPlan, choose
-from vllm_sm12x.ops.fp8_einsum.hopper import (
-    describable,
-    descriptor,
-    fp8_einsum_hopper_kernel,
-)
 from vllm_sm12x.ops.fp8_einsum.kernel import fp8_einsum_kernel, fp8_einsum_merge_kernel
 
 _E8M0 = (torch.float8_e8m0fnu, torch.uint8)
@@ -144,6 +139,12 @@ def _launch(
             )
 
 
+def describable(values: torch.Tensor) -> bool:
+    """Whether TMA reads e4m3 values with these first two strides, which are bytes, from there."""
+    strides = values.stride()[:2]
+    return values.data_ptr() % 16 == 0 and all(s % 16 == 0 and 0 < s < 2**40 for s in strides)
+
+
 def _launch_hopper(
     plan: LaunchPlan,
     a: torch.Tensor,
@@ -152,6 +153,9 @@ def _launch_hopper(
     b_scale: torch.Tensor,
     out: torch.Tensor,
 ) -> None:
+    # Not at the top: SM12x needs none of Triton's descriptors.
+    from vllm_sm12x.ops.fp8_einsum.hopper import descriptor, fp8_einsum_hopper_kernel
+
     config = plan.config
     tokens, groups, cols = out.shape
     row_tiles = triton.cdiv(tokens, config.block_t)

@@ -8,11 +8,11 @@ import torch
 
 from vllm_sm12x.ops.fp8_einsum import fp8_einsum
 from vllm_sm12x.ops.fp8_einsum.reference import fp8_einsum_reference
-from vllm_sm12x.ops.op_spec import OpSpec
+from vllm_sm12x.ops.op_spec import OpSpec, TokensShape
 
 
 @dataclass(frozen=True)
-class Fp8EinsumShape:
+class Fp8EinsumShape(TokensShape):
     """Axes of one fp8_einsum call.
 
     Attributes:
@@ -20,7 +20,6 @@ class Fp8EinsumShape:
         transposed: a_scale with tokens contiguous, as vLLM's quantiser writes it for DeepGEMM.
     """
 
-    tokens: int
     groups: int = 8
     cols: int = 1024
     depth: int = 4096
@@ -37,14 +36,6 @@ class Fp8EinsumShape:
         """Bytes that one call must move: values once, output once; scales are 1 to 3% of it."""
         values = self.tokens * self.groups * self.depth + self.groups * self.cols * self.depth
         return values + 2 * self.tokens * self.groups * self.cols
-
-    def __str__(self) -> str:
-        changed = [
-            f"{name}{getattr(self, name)}"
-            for name, spec in self.__dataclass_fields__.items()
-            if name != "tokens" and getattr(self, name) != spec.default
-        ]
-        return "-".join([f"T{self.tokens}", *changed])
 
 
 def fp8_einsum_inputs(

@@ -8,14 +8,13 @@ import torch
 
 from vllm_sm12x.ops.hc_head import hc_head
 from vllm_sm12x.ops.hc_head.reference import hc_head_reference
-from vllm_sm12x.ops.op_spec import OpSpec
+from vllm_sm12x.ops.op_spec import OpSpec, TokensShape
 
 
 @dataclass(frozen=True)
-class HcHeadShape:
+class HcHeadShape(TokensShape):
     """Axes of one hc_head call."""
 
-    tokens: int
     width: int = 4096
     streams: int = 4
 
@@ -28,14 +27,6 @@ class HcHeadShape:
         """Bytes that one call must move: streams and fn in, the row out."""
         rows = 2 * self.tokens * self.width * (self.streams + 1)
         return rows + 4 * self.streams**2 * self.width
-
-    def __str__(self) -> str:
-        changed = [
-            f"{name}{getattr(self, name)}"
-            for name, spec in self.__dataclass_fields__.items()
-            if name != "tokens" and getattr(self, name) != spec.default
-        ]
-        return "-".join([f"T{self.tokens}", *changed])
 
 
 def hc_head_inputs(

@@ -8,14 +8,13 @@ import torch
 
 from vllm_sm12x.ops.hc_post import hc_post
 from vllm_sm12x.ops.hc_post.reference import hc_post_reference
-from vllm_sm12x.ops.op_spec import OpSpec
+from vllm_sm12x.ops.op_spec import OpSpec, TokensShape
 
 
 @dataclass(frozen=True)
-class HcPostShape:
+class HcPostShape(TokensShape):
     """Axes of one hc_post call."""
 
-    tokens: int
     width: int = 4096
     streams: int = 4
 
@@ -28,14 +27,6 @@ class HcPostShape:
         """Bytes that one call must move: x and the streams in, the streams out, and the mixes."""
         mixes = 4 * self.streams * (1 + self.streams)
         return self.tokens * (2 * self.width * (1 + 2 * self.streams) + mixes)
-
-    def __str__(self) -> str:
-        changed = [
-            f"{name}{getattr(self, name)}"
-            for name, spec in self.__dataclass_fields__.items()
-            if name != "tokens" and getattr(self, name) != spec.default
-        ]
-        return "-".join([f"T{self.tokens}", *changed])
 
 
 def hc_post_inputs(

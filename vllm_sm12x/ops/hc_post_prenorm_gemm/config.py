@@ -26,7 +26,7 @@ class LaunchConfig:
 # hc_prenorm_gemm. On an H200, T = 1: 3.5, they 5.5; 16 x 16 with 256 splits 3.5, 32 x 32 5.1. On an
 # H100, T = 64: 6.1, they 8.2, 64 x 16 7.7, 64 x 32 7.4; T = 128: 8.9, they 10.9, 16 x 16 8.6.
 CONFIG = LaunchConfig(block_t=16, block_d=32, num_warps=4, num_stages=3, programs_per_sm=2)
-# Up to which the one kernel is the faster. On an H200, T = 256: 13.8 with the best of ten tiles,
+# Up to which the one kernel is the faster. On an H200, T = 256: 13.8 with the best of six tiles,
 # 64 x 32, they 14.1; T = 4096: 147.9 with the best, 64 x 16, they 142.8 (README.md).
 MOST_TOKENS = 128
 # Columns of a split, at least: 32 of each of 4 streams are the 128 of K of hc_prenorm_gemm.

@@ -9,14 +9,13 @@ import torch
 from vllm_sm12x.ops.hc_post.spec import HcPostShape, hc_post_inputs
 from vllm_sm12x.ops.hc_post_prenorm_gemm import hc_post_prenorm_gemm
 from vllm_sm12x.ops.hc_post_prenorm_gemm.reference import hc_post_prenorm_gemm_reference
-from vllm_sm12x.ops.op_spec import OpSpec
+from vllm_sm12x.ops.op_spec import OpSpec, TokensShape
 
 
 @dataclass(frozen=True)
-class HcPostPrenormGemmShape:
+class HcPostPrenormGemmShape(TokensShape):
     """Axes of one hc_post_prenorm_gemm call; `splits` 0 leaves the number to the op."""
 
-    tokens: int
     width: int = 4096
     streams: int = 4
     rows: int = 24
@@ -33,14 +32,6 @@ class HcPostPrenormGemmShape:
         post = HcPostShape(self.tokens, width=self.width, streams=self.streams)
         fn = 4 * self.rows * self.width * self.streams
         return post.bytes + fn + 4 * self.tokens * (self.rows + 1)
-
-    def __str__(self) -> str:
-        changed = [
-            f"{name}{getattr(self, name)}"
-            for name, spec in self.__dataclass_fields__.items()
-            if name != "tokens" and getattr(self, name) != spec.default
-        ]
-        return "-".join([f"T{self.tokens}", *changed])
 
 
 def hc_post_prenorm_gemm_inputs(

@@ -8,11 +8,11 @@ import torch
 
 from vllm_sm12x.ops.hc_pre import hc_pre
 from vllm_sm12x.ops.hc_pre.reference import hc_pre_reference
-from vllm_sm12x.ops.op_spec import OpSpec
+from vllm_sm12x.ops.op_spec import OpSpec, TokensShape
 
 
 @dataclass(frozen=True)
-class HcPreShape:
+class HcPreShape(TokensShape):
     """Axes of one hc_pre call.
 
     Attributes:
@@ -21,7 +21,6 @@ class HcPreShape:
         same: a residual [T, d], expanded by the call.
     """
 
-    tokens: int
     width: int = 4096
     streams: int = 4
     splits: int = 1
@@ -39,14 +38,6 @@ class HcPreShape:
         written = self.width * (1 + self.same * self.streams)
         cells = self.streams * (2 + self.streams)
         return self.tokens * (2 * (read + written) + 4 * (self.splits * (cells + 1) + cells))
-
-    def __str__(self) -> str:
-        changed = [
-            f"{name}{getattr(self, name)}"
-            for name, spec in self.__dataclass_fields__.items()
-            if name != "tokens" and getattr(self, name) != spec.default
-        ]
-        return "-".join([f"T{self.tokens}", *changed])
 
 
 def hc_pre_inputs(

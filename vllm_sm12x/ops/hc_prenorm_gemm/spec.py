@@ -8,14 +8,13 @@ import torch
 
 from vllm_sm12x.ops.hc_prenorm_gemm import hc_prenorm_gemm
 from vllm_sm12x.ops.hc_prenorm_gemm.reference import hc_prenorm_gemm_reference
-from vllm_sm12x.ops.op_spec import OpSpec
+from vllm_sm12x.ops.op_spec import OpSpec, TokensShape
 
 
 @dataclass(frozen=True)
-class HcPrenormGemmShape:
+class HcPrenormGemmShape(TokensShape):
     """Axes of one hc_prenorm_gemm call; `splits` 0 leaves the number to the op."""
 
-    tokens: int
     depth: int = 16384
     rows: int = 24
     splits: int = 0
@@ -28,14 +27,6 @@ class HcPrenormGemmShape:
     def bytes(self) -> int:
         """Bytes that one call must move: x and fn once, one part of the results."""
         return 2 * self.tokens * self.depth + 4 * self.rows * (self.depth + self.tokens)
-
-    def __str__(self) -> str:
-        changed = [
-            f"{name}{getattr(self, name)}"
-            for name, spec in self.__dataclass_fields__.items()
-            if name != "tokens" and getattr(self, name) != spec.default
-        ]
-        return "-".join([f"T{self.tokens}", *changed])
 
 
 def hc_prenorm_gemm_inputs(

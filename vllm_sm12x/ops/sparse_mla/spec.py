@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vllm_sm12x.ops.fp8_ds_mla import HEAD_DIM, ROW_BYTES, pack_fp8_ds_mla
-from vllm_sm12x.ops.op_spec import OpSpec
+from vllm_sm12x.ops.op_spec import OpSpec, TokensShape
 from vllm_sm12x.ops.sparse_mla import sparse_mla
 from vllm_sm12x.ops.sparse_mla.reference import sparse_mla_reference
 
@@ -16,7 +16,7 @@ COMPRESSION = 4  # query tokens to one compressed row
 
 
 @dataclass(frozen=True)
-class SparseMlaShape:
+class SparseMlaShape(TokensShape):
     """Axes of one sparse_mla call.
 
     Attributes:
@@ -33,7 +33,6 @@ class SparseMlaShape:
         unpack: the extra rows are unpacked first; needs a table or a context.
     """
 
-    tokens: int
     heads: int = 64
     swa: int = 128
     extra: int = 512
@@ -70,14 +69,6 @@ class SparseMlaShape:
             rows += self.context // COMPRESSION if self.extra else 0
         queries = 2 * self.tokens * self.heads * HEAD_DIM * 2
         return rows * ROW_BYTES + self.candidates * 4 + queries
-
-    def __str__(self) -> str:
-        changed = [
-            f"{name}{getattr(self, name)}"
-            for name, spec in self.__dataclass_fields__.items()
-            if name != "tokens" and getattr(self, name) != spec.default
-        ]
-        return "-".join([f"T{self.tokens}", *changed])
 
 
 def sparse_mla_inputs(
