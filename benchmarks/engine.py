@@ -532,6 +532,19 @@ def profiled_points(texts: Iterable[str]) -> list[tuple[int, int]]:
     return points
 
 
+def wanted_profiles(
+    points: list[str] | None, prefills: list[int] | None, contexts: list[int], batches: list[int]
+) -> tuple[list[tuple[int, int]], list[int]]:
+    """The points, and the contexts of prefills, to list the kernels of; all must be measured."""
+    profiled = profiled_points(points or ())
+    if missed := [p for p in profiled if p[0] not in contexts or p[1] not in batches]:
+        raise typer.BadParameter(f"--profile {missed[0][0]}x{missed[0][1]} is not measured")
+    prompts = sorted(set(prefills or ()))
+    if unknown := [context for context in prompts if context not in contexts]:
+        raise typer.BadParameter(f"--profile-prefill {unknown[0]} is not measured")
+    return profiled, prompts
+
+
 def tail(log: Path, lines: int = 20) -> str:
     """The end of what vLLM's client printed."""
     text = log.read_text(encoding="utf-8", errors="replace")
@@ -603,36 +616,32 @@ def profile_all(
     points: list[dict[str, Any]],
     folder: Path,
     *,
-    tokens: range,
+    prompts: Callable[[dict[str, Any]], list[list[int]]],
     log: Path,
     began: Callable[[str], None],
 ) -> Iterator[dict[str, Any]]:
-    """Kernel times of points that have been measured."""
+    """Kernel times of points that have been measured, each with `prompts` of it."""
     for point in points:
         context, batch = point["context"], point["batch"]
         began(f"kernels of {context:,} x {batch}")
-        _, *prompts = random_prompts(1 + point["distinct_prompts"], context, tokens)
         answer = whole_intervals(min(point["answer"] + PROFILED_ANSWER, LONGEST_ANSWER))
-        kernels = profile(server, prompts, folder, batch=batch, answer=answer, log=log)
+        kernels = profile(server, prompts(point), folder, batch=batch, answer=answer, log=log)
         yield {"context": context, "batch": batch, **kernels}
 
 
 def profile_prefills(
     server: Server,
     contexts: list[int],
-    points: list[dict[str, Any]],
     folder: Path,
     *,
-    tokens: range,
+    prompt: Callable[[int], list[int]],
     log: Path,
     began: Callable[[str], None],
 ) -> Iterator[dict[str, Any]]:
-    """Kernel times of one more prompt of each context, which none of `points` has asked for."""
+    """Kernel times of a `prompt` of each context, which nothing has asked for before."""
     for context in contexts:
         began(f"kernels of the prefill of {context:,}")
-        asked = 1 + max(p["distinct_prompts"] for p in points if p["context"] == context)
-        prompt = random_prompts(asked + 1, context, tokens)[-1]
-        yield {"context": context, **profile_prefill(server, prompt, folder, log=log)}
+        yield {"context": context, **profile_prefill(server, prompt(context), folder, log=log)}
 
 
 @app.command()
@@ -676,12 +685,7 @@ def run(
     if wrong := [item for item in env or () if "=" not in item]:
         raise typer.BadParameter(f"--env takes K=V, got {wrong[0]!r}")
     lengths, sizes = numbers(contexts), numbers(batches)
-    profiled = profiled_points(profile_points or ())
-    if missed := [p for p in profiled if p[0] not in lengths or p[1] not in sizes]:
-        raise typer.BadParameter(f"--profile {missed[0][0]}x{missed[0][1]} is not measured")
-    prefills = sorted(set(prefill_contexts or ()))
-    if unknown := [context for context in prefills if context not in lengths]:
-        raise typer.BadParameter(f"--profile-prefill {unknown[0]} is not measured")
+    profiled, prefills = wanted_profiles(profile_points, prefill_contexts, lengths, sizes)
     variables = {**attention_env(label), **dict(item.split("=", 1) for item in env or ())}
     machine = describe_machine(revision)
     if variables.get("VLLM_SM12X_ASSUME"):  # which the server sees, and this process does not
@@ -742,6 +746,14 @@ def run(
                 )
 
             tokens = token_range(model)
+
+            def measured_prompts(point: dict[str, Any]) -> list[list[int]]:
+                return random_prompts(1 + point["distinct_prompts"], point["context"], tokens)[1:]
+
+            def new_prompt(context: int) -> list[int]:
+                asked = 1 + max(p["distinct_prompts"] for p in points if p["context"] == context)
+                return random_prompts(asked + 1, context, tokens)[-1]
+
             # Whatever ends it, a signal too, what was measured before is written.
             try:
                 with progress:
@@ -765,7 +777,12 @@ def run(
                     # After all times: once it has run, vLLM's profiler marks every step.
                     wanted = [p for p in points if (p["context"], p["batch"]) in profiled]
                     for kernels in profile_all(
-                        server, wanted, Path(traces), tokens=tokens, log=bench_log, began=began
+                        server,
+                        wanted,
+                        Path(traces),
+                        prompts=measured_prompts,
+                        log=bench_log,
+                        began=began,
                     ):
                         profiles.append(kernels)
                         write()
@@ -773,9 +790,8 @@ def run(
                     for kernels in profile_prefills(
                         server,
                         prefills,
-                        points,
                         Path(traces),
-                        tokens=tokens,
+                        prompt=new_prompt,
                         log=bench_log,
                         began=began,
                     ):

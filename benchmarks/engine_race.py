@@ -9,6 +9,7 @@ and at once of the other, in rounds that begin with either; one idles while the 
 import importlib
 import statistics
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,8 +24,13 @@ from engine import (
     distinct_prompts,
     measure,
     numbers,
+    profile_all,
+    profile_prefills,
+    profiler_args,
+    profiles_beside,
     random_prompts,
     server_args,
+    wanted_profiles,
     whole_intervals,
 )
 from rich.console import Console
@@ -112,6 +118,16 @@ def main(
     own_tokens: Annotated[
         int, typer.Option(min=1, help="Prompt tokens of a point, beyond which requests share.")
     ] = 2**18,
+    profile_points: Annotated[
+        list[str] | None,
+        typer.Option("--profile", help="CONTEXTxBATCH to list the kernels of; repeatable."),
+    ] = None,
+    prefill_contexts: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--profile-prefill", help="CONTEXT to list the prefill's kernels of; repeatable."
+        ),
+    ] = None,
     mtp: Annotated[int, typer.Option(min=0, help="Speculative tokens of the MTP layer.")] = 0,
     kv_cache_gib: Annotated[float, typer.Option(help="KV cache of each engine.")] = 16,
     limit: Annotated[float, typer.Option(help="Seconds until both must be healthy.")] = 600,
@@ -124,6 +140,7 @@ def main(
     """
     console = Console(file=sys.stdout)
     lengths, sizes = numbers(contexts), numbers(batches)
+    profiled, prefills = wanted_profiles(profile_points, prefill_contexts, lengths, sizes)
     labels = (first, second)
     machine = describe_machine(revision)
     if Attention.PROXY in labels:
@@ -140,11 +157,21 @@ def main(
     threading.Thread(target=importlib.import_module, args=("vllm.benchmarks.serve",)).start()
     measured: list[dict[str, Any]] = []
     problems: list[str] = []
+    # Of each side.
+    profiles: list[list[dict[str, Any]]] = [[], []]
+    prefill_profiles: list[list[dict[str, Any]]] = [[], []]
     with ExitStack() as stack:
+        folders = [Path(stack.enter_context(tempfile.TemporaryDirectory())) for _ in labels]
         logs = [json_path.with_suffix(f".{i}.{label.value}.log") for i, label in enumerate(labels)]
         starting = [
-            vllm_server(model, log=log, args=args, env=attention_env(label), limit_seconds=limit)
-            for label, log in zip(labels, logs, strict=True)
+            vllm_server(
+                model,
+                log=log,
+                args=[*args, *(profiler_args(folder) if profiled or prefills else ())],
+                env=attention_env(label),
+                limit_seconds=limit,
+            )
+            for label, log, folder in zip(labels, logs, folders, strict=True)
         ]
         with ThreadPoolExecutor(2) as pool:
             servers: list[Server] = list(pool.map(stack.enter_context, starting))
@@ -166,6 +193,8 @@ def main(
                 startup_seconds=[round(server.startup_seconds, 1) for server in servers],
                 points=beside(measured, rounds),
                 measured=measured,
+                profiles=profiles,
+                prefill_profiles=prefill_profiles,
                 problems=problems,
             )
 
@@ -192,6 +221,33 @@ def main(
                 )
                 problems += [f"{where}: {problem}" for problem in point["problems"]]
                 write()
+            # After all times: once it has run, vLLM's profiler marks every step.
+            for side, server in enumerate(servers):
+                of_last_round = [
+                    p for p in measured if (p["round"], p["side"]) == (rounds - 1, side)
+                ]
+                for kernels in profile_all(
+                    server,
+                    [p for p in of_last_round if (p["context"], p["batch"]) in profiled],
+                    folders[side],
+                    prompts=lambda p: random_prompts(
+                        p["distinct_prompts"], p["context"], tokens, rounds - 1
+                    ),
+                    log=bench_log,
+                    began=console.print,
+                ):
+                    profiles[side].append(kernels)
+                    write()
+                for kernels in profile_prefills(
+                    server,
+                    prefills,
+                    folders[side],
+                    prompt=lambda context: random_prompts(1, context, tokens, rounds + 1)[0],
+                    log=bench_log,
+                    began=console.print,
+                ):
+                    prefill_profiles[side].append(kernels)
+                    write()
         except Exception as error:
             problems.append(f"{type(error).__name__}: {error}")
         for label, server in zip(labels, servers, strict=True):
@@ -201,6 +257,8 @@ def main(
     drafts = f", {mtp} draft tokens" if mtp else ""
     title = f"{first.value} / {second.value}, medians of {rounds} rounds{drafts}"
     console.print(result_table(beside(measured, rounds), title))
+    profiles_beside(*profiles, "step", console)
+    profiles_beside(*prefill_profiles, "token", console)
     for problem in problems:
         console.print(f"[red]wrong:[/] {escape(problem)}", highlight=False)
     raise typer.Exit(1 if problems else 0)

@@ -53,6 +53,30 @@ def test_both_are_measured_in_turns(tmp_path, monkeypatch):
         assert '"--max-num-seqs", "16"]' in text
 
 
+def test_kernels_of_both_are_listed(tmp_path, monkeypatch):
+    profiled = ("--profile", "64x4", "--profile", "96x1", "--profile-prefill", "96")
+    ran, result = race(tmp_path, monkeypatch, *profiled, rounds="2")
+    assert ran.exit_code == 0, ran.output
+    for of_side in result["profiles"]:
+        assert [(p["context"], p["batch"]) for p in of_side] == [(64, 4), (96, 1)]
+        assert [p["us_per_step"] for p in of_side] == [100, 100]
+    for (prefill,) in result["prefill_profiles"]:
+        # The stand-in prefills 32 tokens a step, and nothing of a prompt that it knows.
+        assert (prefill["context"], prefill["tokens"], prefill["steps"]) == (96, 96, 3)
+    said = " ".join(ran.output.split())
+    assert "context 64, batch 4: 100 / 100 us of kernels a step" in said
+    assert "context 96: 3.12 / 3.12 us of kernels a token" in said
+    assert "--profiler-config" not in result["vllm_args"]
+
+
+def test_a_profile_of_a_point_that_is_not_measured_is_refused(tmp_path):
+    given = ["--model", str(tmp_path), "--json", str(tmp_path / "race.json"), "--profile", "64x2"]
+    ran = CliRunner().invoke(engine_race.app, given)
+    assert ran.exit_code == 2
+    assert "64x2 is not measured" in ran.output
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_point_with_a_problem_in_any_round_has_no_time(tmp_path, monkeypatch):
     ran, result = race(tmp_path, monkeypatch, fault="http_500")
     assert ran.exit_code == 1
