@@ -107,8 +107,9 @@ class TestTable:
         kinds = [change.kind for change in CHANGES]
         # Four for DeepSeek V4; one reads ahead, and needs the loader's progress; one answers a
         # GEMM's question; graph_warm_up: vLLM #39483 is open, with no hook; moe.marlin: vLLM has no
-        # order of backends to set.
-        assert kinds.count(Kind.WRAP) <= 8
+        # order of backends to set; attention.token_to_request: three kinds of builders ask, of
+        # which the compressor's are vLLM's own, and what they are given is no class of ours.
+        assert kinds.count(Kind.WRAP) <= 9
         assert kinds.count(Kind.REPLACE) <= 1, "hyper-connections are functions, called by name"
 
     @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.name)

@@ -14,9 +14,11 @@ from vllm_sm12x.changes.change import (
     wrap,
     wrapped_by,
 )
+from vllm_sm12x.changes.host import on_sm12x_path
 
 NAME_ROW = "attention.name"
 SELECT_ROW = "attention.select"
+REQUESTS_ROW = "attention.token_to_request"
 
 
 def settle_before_model(vllm_config: Any) -> None:
@@ -101,6 +103,28 @@ def _decoder_layer_asks_us(context: Context) -> Verdict:
     return Verdict(by == SELECT_ROW, f"DeepseekV4DecoderLayer calls {asked.__name__} of {by}")
 
 
+def _wrap_token_to_request(context: Context, undo: ExitStack) -> None:
+    from vllm_sm12x.integration.step_metadata import token_to_request
+    from vllm_sm12x.vllm_api import step_metadata as stock
+
+    wrap(
+        undo,
+        stock.CommonAttentionMetadata,
+        stock.TOKEN_TO_REQUEST,
+        REQUESTS_ROW,
+        token_to_request,
+    )
+
+
+def _builders_ask_us(context: Context) -> Verdict:
+    from vllm_sm12x.vllm_api import step_metadata as stock
+
+    by = wrapped_by(getattr(stock.CommonAttentionMetadata, stock.TOKEN_TO_REQUEST))
+    return Verdict(
+        by == REQUESTS_ROW, f"CommonAttentionMetadata.{stock.TOKEN_TO_REQUEST} is of {by}"
+    )
+
+
 ROWS = (
     Change(
         name=NAME_ROW,
@@ -139,5 +163,26 @@ ROWS = (
         apply=_wrap_selection,
         check=_decoder_layer_asks_us,
         retire="vLLM lets a plugin choose the attention class of a DeepSeek V4 layer",
+    ),
+    Change(
+        name=REQUESTS_ROW,
+        kind=Kind.WRAP,
+        phase=Phase.WORKER,
+        vllm=">=0.25",
+        what="Which request each token belongs to is worked out once a step, not once for each "
+        "group of KV caches, and again for each draft.",
+        why="Six copies to the GPU in a decode step, 15 % of its time on the host; from the second "
+        "draft on, the V1 runner's requests but the first draft from another request's window.",
+        upstream="ours: vLLM's V2 model runner shares it from 0.31 on",
+        touches=(
+            "vllm.v1.attention.backend.CommonAttentionMetadata.token_to_req_indices",
+            "vllm.v1.attention.backend.CommonAttentionMetadata._token_to_req_indices_cache",
+        ),
+        requires=("worker",),
+        wanted=on_sm12x_path,
+        apply=_wrap_token_to_request,
+        check=_builders_ask_us,
+        retire="the oldest vLLM supported serves DeepSeek V4 by its V2 model runner alone",
+        optional=True,
     ),
 )

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which request a token belongs to: vLLM's own method, alone and shared by the groups of a step."""
+
+import copy
+import functools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytestmark = pytest.mark.contract
+
+POISON = -7
+
+
+@pytest.fixture(scope="module")
+def stock():
+    """CommonAttentionMetadata, whose mapping a kernel makes in later releases."""
+    backend = pytest.importorskip("vllm.v1.attention.backend", reason="asks vLLM's own class")
+    if not hasattr(backend.CommonAttentionMetadata, "token_to_req_indices"):
+        pytest.skip("before vLLM 0.25 each builder makes its own mapping")
+    with pytest.MonkeyPatch.context() as patch:
+        # Without a driver no memory can be pinned.
+        patch.setattr("vllm.utils.torch_utils.PIN_MEMORY", False)
+        try:
+            from vllm.v1.attention.ops import metadata
+        except ImportError:
+            pass
+        else:
+            patch.setattr(metadata, "compute_token_to_req_indices", in_torch)
+        yield backend.CommonAttentionMetadata
+
+
+def in_torch(starts, out, mapped, tokens):
+    """What vLLM's kernel of this name says that it does."""
+    lengths = starts.diff().long()
+    out[:mapped] = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(lengths)
+    out[mapped:tokens] = 0
+    return out[:tokens]
+
+
+@pytest.fixture
+def shared(stock):
+    """The method with our change around it."""
+    from vllm_sm12x.integration.step_metadata import TokenToRequest
+
+    return functools.partial(TokenToRequest(), stock.token_to_req_indices)
+
+
+def metadata_of(stock, lengths, padding=0):
+    """Of a step of len(lengths) requests, and `padding` more tokens of a CUDA graph."""
+    starts = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    tokens = int(starts[-1]) + padding
+    return stock(
+        query_start_loc=starts.clone(),
+        query_start_loc_cpu=starts,
+        seq_lens=torch.full((len(lengths),), 100, dtype=torch.int32),
+        num_reqs=len(lengths),
+        num_actual_tokens=tokens,
+        max_query_len=max(lengths),
+        max_seq_len=100,
+        block_table_tensor=torch.zeros(len(lengths), 1, dtype=torch.int32),
+        slot_mapping=torch.zeros(tokens, dtype=torch.int64),
+    )
+
+
+def expected(lengths, padding=0):
+    return [i for i, length in enumerate(lengths) for _ in range(length)] + [0] * padding
+
+
+def buffers(count, tokens=512):
+    return [torch.full((tokens,), POISON, dtype=torch.int32) for _ in range(count)]
+
+
+def move_on(common):
+    """As the V1 runner's drafter does after its first draft."""
+    requests = common.num_reqs
+    common.num_actual_tokens, common.max_query_len = requests, 1
+    common.query_start_loc = torch.arange(requests + 1, dtype=torch.int32)
+    common.query_start_loc_cpu = torch.arange(requests + 1, dtype=torch.int32)
+
+
+def test_vllm_alone_maps_for_each_group_and_not_for_a_second_draft(stock):
+    """The change can go when this fails."""
+    base = metadata_of(stock, [3, 3])
+    first, second = buffers(2)
+    copy.copy(base).token_to_req_indices(first)
+    copy.copy(base).token_to_req_indices(second)
+    assert first[:6].tolist() == second[:6].tolist() == [0, 0, 0, 1, 1, 1]
+    draft = copy.copy(base)
+    draft.token_to_req_indices(first)
+    move_on(draft)
+    assert draft.token_to_req_indices(first).tolist() == [0, 0]
+
+
+@given(
+    steps=st.lists(
+        st.tuples(st.lists(st.integers(1, 9), min_size=1, max_size=20), st.integers(0, 8)),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_groups_share_the_mapping_of_their_step(stock, steps):
+    from vllm_sm12x.integration.step_metadata import TokenToRequest
+
+    mapping = functools.partial(TokenToRequest(), stock.token_to_req_indices)
+    first, second, third = buffers(3)
+    for lengths, padding in steps:
+        base = metadata_of(stock, lengths, padding)
+        for buffer in (first, second, third):
+            got = mapping(copy.copy(base), buffer)
+            assert got.tolist() == expected(lengths, padding)
+            assert got.data_ptr() == first.data_ptr()
+    assert second.unique().tolist() == third.unique().tolist() == [POISON]
+
+
+@pytest.mark.parametrize("requests", [1, 2, 7])
+def test_each_draft_has_its_own(stock, shared, requests):
+    (buffer,) = buffers(1)
+    common = metadata_of(stock, [4] * requests)
+    assert shared(common, buffer).tolist() == expected([4] * requests)
+    move_on(common)
+    for _ in range(2):
+        assert shared(common, buffer).tolist() == list(range(requests))
+
+
+def test_fewer_and_more_tokens_of_the_same_step(stock, shared):
+    """The drafter's first pass leaves a CUDA graph's padding out; too short is not shared."""
+    first, second = buffers(2)
+    common = metadata_of(stock, [2, 1], padding=5)
+    shared(common, first)
+    common.num_actual_tokens = 3
+    assert shared(common, second).tolist() == [0, 0, 1]
+    assert second.unique().tolist() == [POISON]
+    common.num_actual_tokens = 9
+    assert shared(common, second).tolist() == [0, 0, 1, 0, 0, 0, 0, 0, 0]
+
+
+def test_micro_batches_do_not_share(stock, shared):
+    """vLLM's --enable-dbo splits a step: each part has requests of its own."""
+    first, second = buffers(2)
+    one, two = metadata_of(stock, [2, 2]), metadata_of(stock, [1, 3])
+    assert shared(one, first).tolist() == [0, 0, 1, 1]
+    assert shared(two, second).tolist() == [0, 1, 1, 1]
+
+
+def test_a_step_that_is_over_keeps_nothing_alive(stock, shared):
+    import gc
+    import weakref
+
+    common = metadata_of(stock, [1, 1])
+    shared(common, *buffers(1))
+    starts = weakref.ref(common.query_start_loc_cpu)
+    del common
+    gc.collect()
+    assert starts() is None
