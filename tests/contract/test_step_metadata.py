@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which request a token belongs to: vLLM's own method, alone and shared by the groups of a step."""
 
+import contextlib
 import copy
 import functools
 
@@ -74,25 +75,71 @@ def buffers(count, tokens=512):
     return [torch.full((tokens,), POISON, dtype=torch.int32) for _ in range(count)]
 
 
-def move_on(common):
-    """As the V1 runner's drafter does after its first draft."""
-    requests = common.num_reqs
-    common.num_actual_tokens, common.max_query_len = requests, 1
-    common.query_start_loc = torch.arange(requests + 1, dtype=torch.int32)
-    common.query_start_loc_cpu = torch.arange(requests + 1, dtype=torch.int32)
+def drafted(common, drafts, monkeypatch):
+    """The mapping of each draft of vLLM's V1 drafter, whose own code runs but for model and GPU."""
+    proposers = pytest.importorskip("vllm.v1.spec_decode.llm_base_proposer")
+    mappings, (buffer,) = [], buffers(1)
+
+    requests, tokens = common.num_reqs, common.num_actual_tokens
+
+    class Drafter(proposers.SpecDecodeBaseProposer):
+        def __init__(self):
+            self.method, self.block_size = "eagle", 64
+            self.arange = torch.arange(64, dtype=torch.int32)
+            self.token_arange_np = self.arange.numpy()
+            self.positions = self.input_ids = torch.zeros(64, dtype=torch.int64)
+            self.hidden_states = torch.zeros(64, 8)
+            self.model = lambda **inputs: torch.zeros(64, 8)
+
+        def __getattr__(self, name):
+            return None
+
+        def set_inputs_first_pass(self, cad, **inputs):
+            return tokens, torch.arange(requests), cad
+
+        def build_per_group_and_layer_attn_metadata(self, common_attn_metadata, draft_index=0):
+            mappings.append(common_attn_metadata.token_to_req_indices(buffer).tolist())
+            return [], {}
+
+        def build_model_inputs_first_pass(self, *sizes):
+            return {}, tokens
+
+        def _determine_batch_execution_and_padding(self, count):
+            return None, count, None
+
+        def _update_positions_dependent_metadata(self, positions, *sizes):
+            return positions
+
+        def _sample_draft_tokens(self, hidden_states, sampling):
+            return torch.zeros(requests, dtype=torch.int64), None
+
+        def _get_slot_mapping(self, *sizes):
+            return {}
+
+        def _get_positions(self, count):
+            return self.positions[:count]
+
+        def model_returns_tuple(self):
+            return False
+
+    context = contextlib.nullcontext()
+    monkeypatch.setattr(proposers, "set_forward_context", lambda *args, **kwargs: context)
+    nothing = dict.fromkeys(
+        ("target_token_ids", "target_positions", "target_hidden_states", "next_token_ids",
+         "token_indices_to_sample", "sampling_metadata")
+    )  # fmt: skip
+    Drafter().propose(drafts, common_attn_metadata=common, **nothing)
+    return mappings
 
 
-def test_vllm_alone_maps_for_each_group_and_not_for_a_second_draft(stock):
+def test_vllm_alone_maps_for_each_group_and_not_for_a_second_draft(stock, monkeypatch):
     """The change can go when this fails."""
     base = metadata_of(stock, [3, 3])
     first, second = buffers(2)
     copy.copy(base).token_to_req_indices(first)
     copy.copy(base).token_to_req_indices(second)
     assert first[:6].tolist() == second[:6].tolist() == [0, 0, 0, 1, 1, 1]
-    draft = copy.copy(base)
-    draft.token_to_req_indices(first)
-    move_on(draft)
-    assert draft.token_to_req_indices(first).tolist() == [0, 0]
+    assert drafted(base, 3, monkeypatch) == [[0, 0, 0, 1, 1, 1], [0, 0], [0, 0]]
 
 
 @given(
@@ -117,13 +164,12 @@ def test_groups_share_the_mapping_of_their_step(stock, steps):
 
 
 @pytest.mark.parametrize("requests", [1, 2, 7])
-def test_each_draft_has_its_own(stock, shared, requests):
-    (buffer,) = buffers(1)
-    common = metadata_of(stock, [4] * requests)
-    assert shared(common, buffer).tolist() == expected([4] * requests)
-    move_on(common)
-    for _ in range(2):
-        assert shared(common, buffer).tolist() == list(range(requests))
+def test_each_draft_has_its_own(stock, shared, monkeypatch, requests):
+    monkeypatch.setattr(stock, "token_to_req_indices", lambda *given: shared(*given))
+    lengths = [4] * requests
+    later = list(range(requests))
+    found = drafted(metadata_of(stock, lengths), 3, monkeypatch)
+    assert found == [expected(lengths), later, later]
 
 
 def test_fewer_and_more_tokens_of_the_same_step(stock, shared):
