@@ -336,6 +336,8 @@ def settled(vllm_version: tuple[int, ...]) -> dict[str, str]:
     states["indexer.top_k"] = "not needed" if vllm_version >= (0, 30) else "not for this vLLM"
     if vllm_version < (0, 24):
         states["deep_gemm.gate"] = "not needed"  # it takes none on SM12x anyway
+    if vllm_version < (0, 25):
+        states["attention.token_to_request"] = "not for this vLLM"  # each builder has its own
     if vllm_version >= (0, 33):
         states["ray.timeout"] = "not needed"  # its Ray executor compiles no graph
     return states
