@@ -56,6 +56,15 @@ PROFILED_ANSWER = 1024
 LISTED_KERNELS = 40
 COMPARED_ROWS = 40
 
+ProfilePoints = Annotated[
+    list[str] | None,
+    typer.Option("--profile", help="CONTEXTxBATCH to list the kernels of; repeatable."),
+]
+ProfilePrefills = Annotated[
+    list[int] | None,
+    typer.Option("--profile-prefill", help="CONTEXT to list the prefill's kernels of; repeatable."),
+]
+
 # The first pattern that a kernel's name has, in lower case, decides. Names are those of this
 # plugin, vLLM, FlashMLA, FlashInfer, DeepGEMM, TileLang, cuBLAS, CUTLASS and torch.
 GROUPS = {
@@ -657,16 +666,8 @@ def run(
     own_tokens: Annotated[
         int, typer.Option(min=1, help="Prompt tokens of a point, beyond which requests share.")
     ] = 2**20,
-    profile_points: Annotated[
-        list[str] | None,
-        typer.Option("--profile", help="CONTEXTxBATCH to list the kernels of; repeatable."),
-    ] = None,
-    prefill_contexts: Annotated[
-        list[int] | None,
-        typer.Option(
-            "--profile-prefill", help="CONTEXT to list the prefill's kernels of; repeatable."
-        ),
-    ] = None,
+    profile_points: ProfilePoints = None,
+    prefill_contexts: ProfilePrefills = None,
     mtp: Annotated[int, typer.Option(min=0, help="Speculative tokens of the MTP layer.")] = 0,
     cudagraph_mode: Annotated[str | None, typer.Option(help="FULL, PIECEWISE, NONE, ...")] = None,
     enforce_eager: Annotated[bool, typer.Option("--enforce-eager")] = False,

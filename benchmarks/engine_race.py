@@ -19,6 +19,8 @@ from typing import Annotated, Any
 
 import typer
 from engine import (
+    ProfilePoints,
+    ProfilePrefills,
     bench,
     checkpoint_identity,
     distinct_prompts,
@@ -118,16 +120,8 @@ def main(
     own_tokens: Annotated[
         int, typer.Option(min=1, help="Prompt tokens of a point, beyond which requests share.")
     ] = 2**18,
-    profile_points: Annotated[
-        list[str] | None,
-        typer.Option("--profile", help="CONTEXTxBATCH to list the kernels of; repeatable."),
-    ] = None,
-    prefill_contexts: Annotated[
-        list[int] | None,
-        typer.Option(
-            "--profile-prefill", help="CONTEXT to list the prefill's kernels of; repeatable."
-        ),
-    ] = None,
+    profile_points: ProfilePoints = None,
+    prefill_contexts: ProfilePrefills = None,
     mtp: Annotated[int, typer.Option(min=0, help="Speculative tokens of the MTP layer.")] = 0,
     kv_cache_gib: Annotated[float, typer.Option(help="KV cache of each engine.")] = 16,
     limit: Annotated[float, typer.Option(help="Seconds until both must be healthy.")] = 600,
