@@ -4,6 +4,7 @@
 import contextlib
 import copy
 import functools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -130,6 +131,87 @@ def drafted(common, drafts, monkeypatch):
     )  # fmt: skip
     Drafter().propose(drafts, common_attn_metadata=common, **nothing)
     return mappings
+
+
+def runner_of(groups, lengths, padding):
+    """vLLM's V1 runner before a step of len(lengths) requests, and each group's buffer.
+
+    Its own _build_attention_metadata runs; a group's metadata is the mapping that its builder gets.
+    """
+    runners = pytest.importorskip("vllm.v1.worker.gpu_model_runner")
+
+    class Builder:
+        supports_update_block_table = False
+
+        def __init__(self, buffer):
+            self.buffer = buffer
+
+        def build(self, common_attn_metadata, *_, **__):
+            return common_attn_metadata.token_to_req_indices(self.buffer)
+
+        build_for_cudagraph_capture = build
+
+    class Group:
+        """As vLLM's AttentionGroup, which in later releases builds by itself."""
+
+        def __init__(self, name, builder):
+            self.layer_names, self.get_metadata_builder = (name,), lambda ubatch: builder
+            self.build_metadata = self.build_metadata_for_cudagraph_capture = builder.build
+
+    class Runner(runners.GPUModelRunner):
+        def __init__(self):
+            requests, tokens = len(lengths), sum(lengths) + padding
+            counts = torch.zeros(requests, dtype=torch.int32)
+            table = SimpleNamespace(get_device_tensor=lambda rows: torch.zeros(rows, 1))
+            starts = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+            self.kv_cache_config = SimpleNamespace(
+                kv_cache_groups=[SimpleNamespace(kv_cache_spec=i) for i in range(len(groups))]
+            )
+            self.attn_groups = [
+                [Group(f"layer {i}", Builder(buffer))] for i, buffer in enumerate(groups)
+            ]
+            self.input_batch = SimpleNamespace(
+                block_table=[table] * len(groups),
+                num_computed_tokens_cpu_tensor=counts,
+                num_prompt_tokens_cpu_tensor=counts,
+            )
+            self.optimistic_seq_lens_cpu = self.seq_lens = counts + 100
+            self.query_start_loc = SimpleNamespace(gpu=starts, cpu=starts)
+            self.positions = torch.zeros(tokens, dtype=torch.int64)
+            self.model_config = SimpleNamespace(rswa_window=None)
+            self.cache_config = SimpleNamespace(kv_sharing_fast_prefill=False, use_replayssm=False)
+            self.max_model_len, self.dcp_world_size = 4096, 1
+            self.slot_mappings = dict.fromkeys(range(len(groups)), torch.zeros(tokens))
+
+        def __getattr__(self, name):
+            return None
+
+        def mappings(self, capture=False):
+            metadata, _ = self._build_attention_metadata(
+                sum(lengths),
+                len(lengths),
+                max(lengths),
+                num_tokens_padded=sum(lengths) + padding,
+                for_cudagraph_capture=capture,
+                slot_mappings=self.slot_mappings,
+            )
+            return list(metadata.values())
+
+    return Runner()
+
+
+def test_a_cuda_graph_finds_each_steps_mapping_where_it_was_captured(stock, shared, monkeypatch):
+    monkeypatch.setattr(stock, "token_to_req_indices", lambda *given: shared(*given))
+    groups = buffers(3)
+    captured = runner_of(groups, [1] * 8, 0).mappings(capture=True)
+    assert {mapping.data_ptr() for mapping in captured} == {groups[0].data_ptr()}
+    runner = runner_of(groups, [1] * 5, 3)
+    for _ in range(2):
+        groups[0].fill_(POISON)
+        for mapping in runner.mappings():
+            assert mapping.data_ptr() == groups[0].data_ptr()
+            assert mapping.tolist() == expected([1] * 5, 3)
+    assert {value for buffer in groups[1:] for value in buffer.tolist()} == {POISON}
 
 
 def test_vllm_alone_maps_for_each_group_and_not_for_a_second_draft(stock, monkeypatch):
