@@ -81,6 +81,7 @@ GROUPS = {
     "copies": r"^mem(cpy|set)",
 }
 OTHER = "other"
+ON_THE_GPU = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of a trace's events
 
 # vLLM's name of a step: requests without an output token yet and their tokens in this step, then
 # the other requests and theirs.
@@ -365,7 +366,7 @@ def kernel_times(
     micros: dict[str, float] = defaultdict(float)
     calls: Counter[str] = Counter()
     for event in events:
-        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
+        if event.get("cat") in ON_THE_GPU:
             micros[event["name"]] += event["dur"]
             calls[event["name"]] += 1
     if not micros:
@@ -392,8 +393,26 @@ def kernel_times(
     }
 
 
+def graph_times(events: list[dict[str, Any]]) -> list[float]:
+    """Microseconds of each CUDA graph, from the start of its first kernel to the end of its last.
+
+    Unlike a step they leave out the host, and unlike a sum of kernels what runs side by side.
+    """
+    launches = {
+        event["args"]["correlation"] for event in events if event.get("name") == "cudaGraphLaunch"
+    }
+    spans: dict[int, tuple[float, float]] = {}
+    for event in events:
+        graph = event.get("args", {}).get("correlation")
+        if event.get("cat") in ON_THE_GPU and graph in launches:
+            start, end = event["ts"], event["ts"] + event["dur"]
+            first, last = spans.get(graph, (start, end))
+            spans[graph] = (min(first, start), max(last, end))
+    return [end - start for start, end in spans.values()]
+
+
 def decode_kernel_times(events: list[dict[str, Any]], batch: int) -> dict[str, Any]:
-    """Kernel times per decode step.
+    """Kernel times per decode step, and where a step is one CUDA graph, the graph's median.
 
     Raises ValueError if a step of the trace is not one of `batch` decoding requests, if it has no
     step, and as `kernel_times` does.
@@ -406,7 +425,9 @@ def decode_kernel_times(events: list[dict[str, Any]], batch: int) -> dict[str, A
             f"expected only (0, {batch})"
         )
     count = steps.total()
-    return kernel_times(events, "step", count, count)
+    times = kernel_times(events, "step", count, count)
+    graphs = graph_times(events)
+    return {"graph_us": statistics.median(graphs), **times} if len(graphs) == count else times
 
 
 def prefill_kernel_times(events: list[dict[str, Any]], context: int) -> dict[str, Any]:
@@ -586,6 +607,8 @@ def kernels_table(profiled: dict[str, Any], unit: str, rows: int = 20) -> Table:
         f"{place(profiled)}: {profiled[us_per]:.{decimals - 1}f} us of kernels a {unit}, "
         f"{profiled['steps']} steps"
     )
+    if "graph_us" in profiled:
+        title += f", the graph {profiled['graph_us']:.{decimals - 1}f} us"
     table = Table("kernel", "group", f"us a {unit}", "calls a step", "share", title=title)
     for group, us in profiled["groups"].items():
         share = f"{us / profiled[us_per]:.1%}"
@@ -897,6 +920,9 @@ def profiles_beside(
         profiles.append({**where, "rows": rows})
         totals = " / ".join(f"{run[us_per]:.{decimals - 1}f}" for run in (mine, other))
         title = f"{place(mine)}: {totals} us of kernels a {unit}"
+        if all("graph_us" in run for run in (mine, other)):
+            graphs = " / ".join(f"{run['graph_us']:.{decimals - 1}f}" for run in (mine, other))
+            title += f", the graph {graphs} us"
         table = Table("kernel", "group", f"us a {unit}", f"us a {unit}", title=title)
         for row in rows[:COMPARED_ROWS]:
             name = escape(row["kernel"][:70]) if "kernel" in row else "[bold]all[/]"

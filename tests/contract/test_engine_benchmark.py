@@ -228,6 +228,24 @@ def test_a_trace_of_torchs_profiler_is_read(tmp_path):
     assert (times["steps"], times["us_per_step"], times["groups"]) == (3, 2.0, {"other": 2.0})
 
 
+def test_a_graph_lasts_from_its_first_kernel_to_its_last():
+    """Kernels of two streams overlap, and those that no graph launched are left out."""
+    launch = {"cat": "cuda_runtime", "name": "cudaGraphLaunch", "ts": 0.0, "dur": 300.0}
+    events, name = [], "execute_context_0(0)_generation_1(1)"
+    for step, last in enumerate((40.0, 50.0, 90.0)):
+        start, graph = 1000.0 * step, {"correlation": step}
+        events.append({"cat": "user_annotation", "name": name, "dur": 9.0})
+        events.append({**launch, "args": graph})
+        for at, dur in ((30.0, last - 30), (10.0, 25.0), (12.0, 5.0)):
+            event = {"cat": "kernel", "name": "nvjet", "ts": start + at, "dur": dur}
+            events.append({**event, "args": graph})
+        events.append({**event, "ts": start + 500.0, "args": {"correlation": 100 + step}})
+    assert sorted(engine.graph_times(events)) == [30.0, 40.0, 80.0]
+    assert engine.decode_kernel_times(events, 1)["graph_us"] == 40.0
+    # A step of several graphs, or of none, has no such time.
+    assert "graph_us" not in engine.decode_kernel_times([*events, events[0]], 1)
+
+
 def steps_trace(*steps):
     """A trace of steps of (prefilling requests, their tokens, decoding requests), 6 us each."""
     events = []

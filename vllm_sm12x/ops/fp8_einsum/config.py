@@ -55,8 +55,8 @@ SOME, MANY = CONFIGS[2:]
 INVARIANT = SOME
 PROGRAMS_PER_SM = 2
 # For many tokens natively on Hopper: three programs on a multiprocessor. T = 4096 with 8 groups on
-# an H200, one run, us: this one 273, with 4 stages and two programs 295, 128 x 64 with 3 stages 311,
-# 128 x 128 with 8 warps 318, MANY 353.
+# an H200, one run, us: this one 273, with 4 stages and two programs 295, 128 x 64 with 3 stages
+# 311, 128 x 128 with 8 warps 318, MANY 353.
 HOPPER = LaunchConfig(block_t=64, block_d=128, num_warps=4, num_stages=3, hopper=True)
 # HOPPER serves where it has more programs for each multiprocessor than this: as MANY. With 1.9 it
 # would save 4 us of 26, and a call takes some 10 us more on the host.
