@@ -133,45 +133,51 @@ def drafted(common, drafts, monkeypatch):
     return mappings
 
 
-def runner_of(groups, lengths, padding):
-    """vLLM's V1 runner before a step of len(lengths) requests, and each group's buffer.
+class Builder:
+    """Of one group of KV caches: its metadata is the mapping that it gets."""
 
-    Its own _build_attention_metadata runs; a group's metadata is the mapping that its builder gets.
-    """
+    supports_update_block_table = False
+
+    def __init__(self, buffer):
+        self.buffer = buffer
+
+    def build(self, common_attn_metadata, *_, **__):
+        return common_attn_metadata.token_to_req_indices(self.buffer)
+
+    build_for_cudagraph_capture = build
+
+
+class Group:
+    """As vLLM's AttentionGroup, which in later releases builds by itself."""
+
+    kv_cache_spec = "a cache"
+
+    def __init__(self, name, buffer):
+        builder = Builder(buffer)
+        self.layer_names, self.get_metadata_builder = (name,), lambda ubatch: builder
+        self.build_metadata = self.build_metadata_for_cudagraph_capture = builder.build
+
+
+def of_groups(buffers):
+    """vLLM's list of lists of AttentionGroups, and its KVCacheConfig."""
+    groups = [[Group(f"layer {i}", buffer)] for i, buffer in enumerate(buffers)]
+    caches = [SimpleNamespace(kv_cache_spec=i) for i in range(len(buffers))]
+    return groups, SimpleNamespace(kv_cache_groups=caches)
+
+
+def v1_mappings(buffers, starts, tokens, capture):
+    """Each group's mapping, by the V1 runner's own code."""
     runners = pytest.importorskip("vllm.v1.worker.gpu_model_runner")
-
-    class Builder:
-        supports_update_block_table = False
-
-        def __init__(self, buffer):
-            self.buffer = buffer
-
-        def build(self, common_attn_metadata, *_, **__):
-            return common_attn_metadata.token_to_req_indices(self.buffer)
-
-        build_for_cudagraph_capture = build
-
-    class Group:
-        """As vLLM's AttentionGroup, which in later releases builds by itself."""
-
-        def __init__(self, name, builder):
-            self.layer_names, self.get_metadata_builder = (name,), lambda ubatch: builder
-            self.build_metadata = self.build_metadata_for_cudagraph_capture = builder.build
+    requests = len(starts) - 1
+    lengths = starts.diff()
 
     class Runner(runners.GPUModelRunner):
         def __init__(self):
-            requests, tokens = len(lengths), sum(lengths) + padding
             counts = torch.zeros(requests, dtype=torch.int32)
             table = SimpleNamespace(get_device_tensor=lambda rows: torch.zeros(rows, 1))
-            starts = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-            self.kv_cache_config = SimpleNamespace(
-                kv_cache_groups=[SimpleNamespace(kv_cache_spec=i) for i in range(len(groups))]
-            )
-            self.attn_groups = [
-                [Group(f"layer {i}", Builder(buffer))] for i, buffer in enumerate(groups)
-            ]
+            self.attn_groups, self.kv_cache_config = of_groups(buffers)
             self.input_batch = SimpleNamespace(
-                block_table=[table] * len(groups),
+                block_table=[table] * len(buffers),
                 num_computed_tokens_cpu_tensor=counts,
                 num_prompt_tokens_cpu_tensor=counts,
             )
@@ -181,37 +187,60 @@ def runner_of(groups, lengths, padding):
             self.model_config = SimpleNamespace(rswa_window=None)
             self.cache_config = SimpleNamespace(kv_sharing_fast_prefill=False, use_replayssm=False)
             self.max_model_len, self.dcp_world_size = 4096, 1
-            self.slot_mappings = dict.fromkeys(range(len(groups)), torch.zeros(tokens))
 
         def __getattr__(self, name):
             return None
 
-        def mappings(self, capture=False):
-            metadata, _ = self._build_attention_metadata(
-                sum(lengths),
-                len(lengths),
-                max(lengths),
-                num_tokens_padded=sum(lengths) + padding,
-                for_cudagraph_capture=capture,
-                slot_mappings=self.slot_mappings,
-            )
-            return list(metadata.values())
-
-    return Runner()
+    metadata, _ = Runner()._build_attention_metadata(
+        int(starts[-1]),
+        requests,
+        int(lengths.max()),
+        num_tokens_padded=tokens,
+        for_cudagraph_capture=capture,
+        slot_mappings=dict.fromkeys(range(len(buffers)), torch.zeros(tokens)),
+    )
+    return list(metadata.values())
 
 
-def test_a_cuda_graph_finds_each_steps_mapping_where_it_was_captured(stock, shared, monkeypatch):
+def v2_mappings(buffers, starts, tokens, capture):
+    """Each group's mapping, by the V2 runner's own code."""
+    attn_utils = pytest.importorskip("vllm.v1.worker.gpu.attn_utils")
+    requests = len(starts) - 1
+    groups, caches = of_groups(buffers)
+    metadata = attn_utils.build_attn_metadata(
+        attn_groups=groups,
+        num_reqs=requests,
+        num_tokens=tokens,
+        query_start_loc_gpu=starts,
+        query_start_loc_cpu=starts[:],
+        max_query_len=int(starts.diff().max()),
+        seq_lens=torch.full((requests,), 100, dtype=torch.int32),
+        max_seq_len=100,
+        block_tables=[torch.zeros(requests, 1, dtype=torch.int32)] * len(buffers),
+        slot_mappings=torch.zeros(len(buffers), tokens, dtype=torch.int64),
+        kv_cache_config=caches,
+        for_cudagraph_capture=capture,
+    )
+    return list(metadata.values())
+
+
+@pytest.mark.parametrize("mappings", [v1_mappings, v2_mappings])
+def test_a_graph_finds_each_steps_mapping_where_it_was_captured(
+    stock, shared, monkeypatch, mappings
+):
     monkeypatch.setattr(stock, "token_to_req_indices", lambda *given: shared(*given))
-    groups = buffers(3)
-    captured = runner_of(groups, [1] * 8, 0).mappings(capture=True)
-    assert {mapping.data_ptr() for mapping in captured} == {groups[0].data_ptr()}
-    runner = runner_of(groups, [1] * 5, 3)
-    for _ in range(2):
-        groups[0].fill_(POISON)
-        for mapping in runner.mappings():
-            assert mapping.data_ptr() == groups[0].data_ptr()
-            assert mapping.tolist() == expected([1] * 5, 3)
-    assert {value for buffer in groups[1:] for value in buffer.tolist()} == {POISON}
+    first, *others = groups = buffers(3)
+    # As in vLLM, one buffer that every step writes.
+    starts = torch.arange(9, dtype=torch.int32)
+    captured = mappings(groups, starts, 8, capture=True)
+    assert {mapping.data_ptr() for mapping in captured} == {first.data_ptr()}
+    for lengths in ([1] * 8, [2, 1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 2, 0, 0, 0]):
+        starts[1:] = torch.tensor(lengths).cumsum(0)
+        first.fill_(POISON)
+        for mapping in mappings(groups, starts, 8, capture=False):
+            assert mapping.data_ptr() == first.data_ptr()
+            assert mapping.tolist() == expected(lengths, padding=8 - sum(lengths))
+    assert {value for buffer in others for value in buffer.tolist()} == {POISON}
 
 
 def test_vllm_alone_maps_for_each_group_and_not_for_a_second_draft(stock, monkeypatch):
