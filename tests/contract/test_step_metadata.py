@@ -4,6 +4,7 @@
 import contextlib
 import copy
 import functools
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -281,6 +282,30 @@ def test_each_draft_has_its_own(stock, shared, monkeypatch, requests):
     later = list(range(requests))
     found = drafted(metadata_of(stock, lengths), 3, monkeypatch)
     assert found == [expected(lengths), later, later]
+
+
+def test_the_benchmark_takes_turns_and_finds_what_is_wrong_without(stock, shared, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    import step_metadata
+
+    turns = step_metadata.Turns(shared, stock.token_to_req_indices)
+    monkeypatch.setattr(stock, "token_to_req_indices", lambda *given: turns.mapping(*given))
+    turns.checking = True
+    states = []
+    for _ in range(2 * step_metadata.TURN):
+        runner = SimpleNamespace(input_batch=SimpleNamespace(num_reqs=2))
+        turns.metadata(lambda runner: None, runner)
+        states.append(turns.on)
+        drafted(metadata_of(stock, [3, 3]), 3, monkeypatch)
+    # Three mappings a step, of which two are a first draft's where they should be their own.
+    assert turns.asked == {on: 3 * states.count(on) for on in (True, False)}
+    assert turns.wrong == {True: 0, False: 2 * states.count(False)}
+    assert turns.rows() == []
+    turns.checking = False
+    for _ in range(2 * step_metadata.ENOUGH_STEPS):
+        turns.metadata(lambda runner: None, runner)
+    (row,) = turns.rows()
+    assert (row["requests"], row["steps"]) == (2, [step_metadata.ENOUGH_STEPS] * 2)
 
 
 def test_fewer_and_more_tokens_of_the_same_step(stock, shared):
