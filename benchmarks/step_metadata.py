@@ -175,7 +175,7 @@ def main(
         ]
         table.add_row(str(row["requests"]), *cells, f"{row['ratio']:.2f}")
     console.print(table)
-    problems = [] if rows else ["no number of requests had steps enough"]
+    problems = [] if rows else ["no number of requests had steps enough of the V1 model runner"]
     for on, state in ((True, "with"), (False, "without")):
         console.print(f"mappings {state} the change: {turns.wrong[on]} of {turns.asked[on]} wrong")
     if turns.wrong[True] or not turns.asked[True]:
