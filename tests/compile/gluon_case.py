@@ -8,7 +8,7 @@ from cross_compile import SMS, Case
 
 from vllm_sm12x.ops import sparse_mla
 from vllm_sm12x.ops.sparse_mla.config import HOPPER, MMA, LaunchPolicy
-from vllm_sm12x.ops.sparse_mla.spec import SparseMlaShape, sparse_mla_inputs
+from vllm_sm12x.ops.sparse_mla.spec import SparseMlaShape, quantised_output, sparse_mla_inputs
 
 # By import_module: the package's attribute of that name is the function.
 sparse_mla_module = importlib.import_module("vllm_sm12x.ops.sparse_mla")
@@ -24,6 +24,7 @@ class GluonCase(Case):
         wgmma: whether the GPU has it.
         split: whether the candidates are split, so that the merge kernel runs too.
         unpack: whether the extra rows are unpacked first; needs a table, and excludes a split.
+        quantise: whether the result is, which that of wgmma is not.
     """
 
     wgmma: bool = False
@@ -34,10 +35,11 @@ class GluonCase(Case):
     lse: bool = False
     unpack: bool = False
     lens: str | None = "full"
+    quantise: bool = False
 
     def __str__(self) -> str:
         extra = f"extra{self.extra_block}" if self.extra_block else "swa"
-        names = ("table", "sink", "lse", "lens", "split", "unpack")
+        names = ("table", "sink", "lse", "lens", "split", "unpack", "quantise")
         flags = [name for name in names if getattr(self, name)]
         return "-".join([f"sm_{self.arch}", extra, *flags])
 
@@ -71,7 +73,10 @@ class GluonCase(Case):
         sparse_mla_module.multiprocessors = lambda name, device: H100_SMS if self.wgmma else SMS
         sparse_mla_module.has_mma = lambda device: True
         sparse_mla_module.has_wgmma = lambda device: self.wgmma
-        sparse_mla(**sparse_mla_inputs(shape, device="cpu"), policy=policy, return_lse=self.lse)
+        inputs = sparse_mla_inputs(shape, device="cpu")
+        if self.quantise:
+            inputs |= quantised_output(*inputs["q"].shape[:2], device="cpu")
+        sparse_mla(**inputs, policy=policy, return_lse=self.lse)
 
 
 def layers(swa: GluonCase) -> tuple[GluonCase, ...]:

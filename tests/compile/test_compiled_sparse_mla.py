@@ -11,7 +11,7 @@ from cross_compile import SMS, Case, Compiled
 from vllm_sm12x.device import SM12X_SHARED_MEMORY_BYTES
 from vllm_sm12x.ops import sparse_mla
 from vllm_sm12x.ops.sparse_mla.config import CONFIGS, UNPACKED_GROUP, LaunchPolicy
-from vllm_sm12x.ops.sparse_mla.spec import SparseMlaShape, sparse_mla_inputs
+from vllm_sm12x.ops.sparse_mla.spec import SparseMlaShape, quantised_output, sparse_mla_inputs
 
 # By import_module: the package's attribute of that name is the function.
 sparse_mla_module = importlib.import_module("vllm_sm12x.ops.sparse_mla")
@@ -33,6 +33,7 @@ class SparseMlaCase(Case):
         split: whether the candidates are split, so that the merge kernel runs too.
         unpack: whether the extra rows are unpacked first, by a kernel that then runs before; needs
             a table, and excludes a split.
+        quantise: whether the result is, by the attention or, of splits, by the merge.
         page_bytes_off: added to the page stride; anything that is not a multiple of 16 is a page
             that vLLM would not allocate.
     """
@@ -44,11 +45,12 @@ class SparseMlaCase(Case):
     sink: bool = True
     lse: bool = False
     unpack: bool = False
+    quantise: bool = False
     page_bytes_off: int = 0
 
     def __str__(self) -> str:
         extra = f"extra{self.extra_block}" if self.extra_block else "swa"
-        names = ("table", "sink", "lse", "split", "unpack")
+        names = ("table", "sink", "lse", "split", "unpack", "quantise")
         flags = [name for name in names if getattr(self, name)]
         return "-".join([f"sm_{self.arch}", f"{16 * self.head_block}heads", extra, *flags])
 
@@ -75,6 +77,8 @@ class SparseMlaCase(Case):
             for name in ("swa_cache", "extra_cache"):
                 if name in inputs:
                     inputs[name] = with_page_stride(inputs[name], self.page_bytes_off)
+        if self.quantise:
+            inputs |= quantised_output(*inputs["q"].shape[:2], device="cpu")
         # One 16-candidate tile at a time leaves nothing to split.
         policy = LaunchPolicy(head_block=self.head_block, topk_chunk=512 if self.split else 16)
         sparse_mla_module.multiprocessors = lambda name, device: SMS
@@ -93,7 +97,8 @@ def variants(arch: int, head_block: int, split: bool) -> list[SparseMlaCase]:
     c4a, c128a = replace(swa, extra_block=64), replace(swa, extra_block=2)
     layers = [swa, c4a, replace(c4a, table=True), c128a, replace(c128a, table=True)]
     with_lse = [replace(c4a, lse=True), replace(c4a, lse=True, sink=False)]
-    return [*layers, *with_lse, replace(c4a, sink=False)]
+    quantised = [replace(layer, quantise=True) for layer in (swa, layers[2], layers[4])]
+    return [*layers, *with_lse, replace(c4a, sink=False), *quantised]
 
 
 # For bf16 the compiler makes the same of both (18 of the variants left out were compared once, on
@@ -104,7 +109,7 @@ CASES = [
     for head_block in CONFIGS
     for split in (False, True)
     for case in variants(arch, head_block, split)
-    if arch == 120 or case.table
+    if arch == 120 or (case.table and not case.quantise)
 ]
 
 
@@ -112,7 +117,7 @@ def unpacked_variants(arch: int, head_block: int) -> list[SparseMlaCase]:
     c4a = SparseMlaCase(arch, head_block, False, extra_block=64, table=True, unpack=True)
     if arch == 121:
         return [c4a]
-    cases = [c4a, replace(c4a, extra_block=2), replace(c4a, lse=True)]
+    cases = [c4a, replace(c4a, extra_block=2), replace(c4a, lse=True), replace(c4a, quantise=True)]
     # With 64 heads and no sink Triton 3.8.0 spills 16 B. Every layer has a sink, and an unpacked
     # call has a tile of 64 heads only where `head_block` asks for it.
     if head_block <= UNPACKED_GROUP:

@@ -28,6 +28,10 @@ CASES = [
     *(replace(layer, split=True) for layer in LAYERS),
     *(replace(C4A, table=True, sink=sink, lse=True) for sink in (True, False)),
     *(replace(case, lens=None) for case in (C4A, UNPACKED)),
+    # What the layers call on SM12x. Of splits the merge quantises.
+    *(replace(layer, quantise=True) for layer in LAYERS),
+    *(replace(LAYERS[2], split=split, quantise=True, lse=True) for split in (False, True)),
+    *(replace(UNPACKED, extra_block=block, quantise=True) for block in (64, 2)),
     *(
         replace(UNPACKED, extra_block=block, sink=sink, lse=lse)
         for block in (64, 2)
@@ -37,7 +41,12 @@ CASES = [
     *(
         replace(case, arch=arch)
         for arch in (121, 80, 89, 90)
-        for case in (LAYERS[2], replace(LAYERS[2], split=True), UNPACKED)
+        for case in (
+            LAYERS[2],
+            replace(LAYERS[2], split=True),
+            UNPACKED,
+            replace(UNPACKED, quantise=True),
+        )
         # Rows are unpacked with conversions that sm_80 has not.
         if arch > 80 or not case.unpack
     ),
@@ -63,6 +72,8 @@ def test_fits_sm12x(case, compiled):
     assert attention.barriers == (BARRIERS,) * loops
     # Scales and positions are copied by 4 bytes, Q and rows by 16.
     assert set(attention.copies) == {32, 128}, f"asynchronous copies by bits: {attention.copies}"
-    assert set(attention.loads) == {32}, f"loads by bits: {attention.loads}"
+    # A position by 8 bytes, its cosines and sines by 16.
+    loads = {32, 64, 128} if case.quantise and not case.split else {32}
+    assert set(attention.loads) == loads, f"loads by bits: {attention.loads}"
     for launch in launches:
         assert launch.local == 0 and launch.stack <= allowed_stack(case), "registers are spilled"

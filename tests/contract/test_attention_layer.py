@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from vllm_sm12x.demo.attention import PHASES, SWA_BLOCK, WINDOW, Batch, padded
 from vllm_sm12x.integration.candidate_limits import candidate_limits
 from vllm_sm12x.ops.sparse_mla.config import LaunchPolicy
-from vllm_sm12x.ops.sparse_mla.spec import SPARSE_MLA
+from vllm_sm12x.ops.sparse_mla.spec import SPARSE_MLA, SparseMlaShape, sparse_mla_inputs
 
 pytestmark = pytest.mark.contract
 
@@ -74,7 +74,7 @@ def layer_and_metadata(
     layer.attn_sink = torch.nn.Parameter(batch.sink, requires_grad=False)
     layer.n_local_heads = len(batch.sink)
     layer.scale, layer.policy, layer.dump_path = 512**-0.5, LaunchPolicy(), dump_path
-    layer.unpacked_capacity = 4096
+    layer.unpacked_capacity, layer.quantizes_output = 4096, False
     metadata: dict[str, Any] = {"layer.swa_cache": window}
     if batch.compressed is not None:
         layer.kv_cache = batch.compressed.cache
@@ -118,6 +118,106 @@ def forward(module: Any, monkeypatch, batch: Batch, **options: Any) -> torch.Ten
     output = torch.full_like(q, math.nan)
     layer.forward_mqa(q, torch.empty(0), torch.empty(0), output)
     return output
+
+
+class Projection:
+    """A layer's output projection to one value for each head, of weights that are all one."""
+
+    def __init__(self, module: Any, layer: Any, *, quantized: bool = True) -> None:
+        heads = layer.n_local_heads
+        scales = torch.ones(heads, 4) if quantized else None
+        layer.wo_a = SimpleNamespace(weight=torch.ones(heads, 512), weight_scale_inv=scales)
+        layer.wo_b = lambda projected: projected
+        layer.fp8_einsum, layer.n_local_groups = self.einsum, heads
+        layer.on_sm12x_path, layer.quantizes_output = True, True
+        angles = torch.randn(3000, 32, generator=torch.Generator().manual_seed(0)) * 10
+        self.cos_sin = torch.cat([angles.cos(), angles.sin()], 1)
+        layer.rotary_emb = SimpleNamespace(cos_sin_cache=self.cos_sin)
+
+    def einsum(self, a, a_scale, b, b_scale):
+        self.multiplied = (a.float().unflatten(-1, (4, 128)) * a_scale[..., None]).flatten(-2)
+        return torch.einsum("tgr,gdr->tgd", self.multiplied, b)
+
+    def without_rope(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        cos, sin = self.cos_sin[positions][:, None].chunk(2, -1)
+        pairs = torch.view_as_complex(rows[..., 448:].unflatten(-1, (32, 2)).contiguous())
+        pairs = torch.view_as_real(pairs * torch.complex(cos, -sin)).flatten(-2)
+        return torch.cat([rows[..., :448], pairs], -1)
+
+
+@pytest.mark.usefixtures("rounds_to_e4m3")
+@pytest.mark.parametrize("heads, ratio", [(64, 4), (5, 128), (5, 0)])
+@pytest.mark.parametrize("phase", PHASES, ids=lambda phase: phase.name)
+def test_attention_leaves_what_the_projection_multiplies(
+    layer_module, monkeypatch, phase, heads, ratio
+):
+    batch = Batch(ratio, phase)
+    layer, metadata = layer_and_metadata(layer_module, batch)
+    layer.n_local_heads = heads
+    projection = Projection(layer_module, layer)
+    monkeypatch.setattr(layer_module, "current_metadata", lambda: metadata)
+    # Heads that pad the buffers hold NaN, and nothing is to read or write them.
+    positions = torch.tensor([position for _, position in batch.tokens])
+    q = torch.full((len(positions), 64, 512), math.nan, dtype=torch.bfloat16)
+    q[:, :heads] = batch.q[:, :heads]
+    output = torch.full_like(q, math.nan)
+    layer.forward_mqa(q, torch.empty(0), positions, output)
+    layer._o_proj(output[:, :heads], positions)
+    want = projection.without_rope(batch.dense()[:, :heads].float(), positions)
+    assert (projection.multiplied - want).norm() <= 2**-4 * want.norm()
+    assert output[:, heads:].isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [16, 64])
+@pytest.mark.parametrize("tokens", [1, 7, 64, 512])
+def test_a_quantised_result_is_what_vllms_op_makes_of_bf16_rows(tokens, heads):
+    from vllm_sm12x.ops import sparse_mla
+    from vllm_sm12x.vllm_api.sparse_mla import inverse_rope_and_quantize
+
+    shape = SparseMlaShape(tokens, heads=heads, table=True, lens="ragged", quantised=True)
+    inputs = sparse_mla_inputs(shape, device="cuda")
+    policy = LaunchPolicy(wgmma=False)
+    out = sparse_mla(**inputs, policy=policy).flatten(1).float()
+    names = ("out", "out_scale", "positions", "cos_sin_cache")
+    plain = {name: value for name, value in inputs.items() if name not in names}
+    rows = sparse_mla(**plain, policy=policy)
+    values, scales = inverse_rope_and_quantize(
+        rows, inputs["positions"], inputs["cos_sin_cache"], heads // 8
+    )
+    assert torch.equal(inputs["out_scale"].flatten(1), scales.reshape(tokens, -1))
+    # The compiler may add one of two products in one rounding, in either of them.
+    other = (out != values.reshape(tokens, -1).float()).float().mean().item()
+    print(f"{other:.1e} of the values differ")
+    assert other <= 1e-4
+
+
+@pytest.mark.parametrize("provider", ["triton", "deep_gemm"])
+def test_rows_stay_bf16_where_another_einsum_or_weights_of_bf16_want_them(
+    layer_module, monkeypatch, provider
+):
+    batch = Batch(4, PHASES[1])
+    layer, metadata = layer_and_metadata(layer_module, batch)
+    Projection(layer_module, layer, quantized=provider == "deep_gemm")
+    layer.quantizes_output = provider == "triton"
+    asked = []
+
+    def quantize(o, positions, cos_sin_cache, groups):
+        asked.append(o)
+        return o.float(), torch.ones(*o.shape[:2], 4)
+
+    def stock(self, o, positions):
+        asked.append(o)
+
+    monkeypatch.setattr(layer_module, "current_metadata", lambda: metadata)
+    monkeypatch.setattr(layer_module, "inverse_rope_and_quantize", quantize)
+    monkeypatch.setattr(layer_module.BreakableAttention, "_o_proj", stock)
+    output = torch.full_like(batch.q, math.nan)
+    layer.forward_mqa(batch.q, torch.empty(0), torch.empty(0), output)
+    layer._o_proj(output, torch.empty(0))
+    (rows,) = asked
+    want = batch.dense()
+    assert (rows.double() - want).norm() / want.norm() <= SPARSE_MLA.tolerance
 
 
 def test_vllm_is_told_that_batches_do_not_matter_and_says_when_they_must_not(
@@ -273,14 +373,20 @@ def test_dump_describes_a_request_and_aborts(layer_module, monkeypatch, tmp_path
 
     path = tmp_path / "dump.jsonl"
     batch = Batch(4, PHASES[2])
+    layer, metadata = layer_and_metadata(layer_module, batch, dump_path=str(path))
+    Projection(layer_module, layer)
+    monkeypatch.setattr(layer_module, "current_metadata", lambda: metadata)
+    positions = torch.tensor([position for _, position in batch.tokens])
     with pytest.raises(DumpedAndAborted, match=f"(?s)written to {path}.*ending the engine"):
-        forward(layer_module, monkeypatch, batch, dump_path=str(path))
+        layer.forward_mqa(batch.q, torch.empty(0), positions, torch.empty_like(batch.q))
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert {line["call"] for line in lines} == {0, 1}, "decodes and prefills"
     first = {line["tensor"]: line for line in lines if line["call"] == 0}
     assert first["q"]["shape"] == [4, 64, 512] and first["q"]["dtype"] == "bfloat16"
     assert first["swa_cache"]["strides"] == list(batch.window.cache.stride())
     assert first["swa_lens"]["max"] == WINDOW
+    assert first["out"]["dtype"] == "float8_e4m3fn" and "max" not in first["out"]
+    assert first["positions"]["max"] == int(positions[:4].max())
     assert first["extra_indices"]["max"] == max(int(rows.max()) for rows in batch.chosen[:4])
 
 

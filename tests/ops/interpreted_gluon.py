@@ -297,14 +297,16 @@ def _numbers(shape: Iterable[Any]) -> list[int]:
 language = _module(
     "triton.experimental.gluon.language",
     **{
-        name: getattr(tl, name) for name in ("constexpr", "pointer_type", "int32", "int64", "uint8")
+        name: getattr(tl, name) for name in (
+            "constexpr", "pointer_type", "int32", "int64", "uint8", "float8e4nv",
+        )
     },
     **dict.fromkeys(("float32", "bfloat16"), tl.float32),
     **{
         name: _of_triton(name)
         for name in (
-            "load", "store", "where", "maximum", "minimum", "exp2", "log2", "max", "sum",
-            "reshape", "broadcast", "join", "cdiv", "program_id",
+            "load", "store", "where", "maximum", "minimum", "exp2", "log2", "abs", "ceil",
+            "max", "sum", "reshape", "broadcast", "join", "split", "cdiv", "program_id",
             "permute",
         )
     },

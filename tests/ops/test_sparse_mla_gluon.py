@@ -9,11 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_sparse_mla import check
+from test_sparse_mla import check, relative_error
+from test_sparse_mla_quantised import TOLERANCE, dequantised
 
+from vllm_sm12x.ops import sparse_mla
 from vllm_sm12x.ops.sparse_mla import gluon_parts, hopper, mma
 from vllm_sm12x.ops.sparse_mla.config import HOPPER, MMA, LaunchPolicy
-from vllm_sm12x.ops.sparse_mla.spec import SparseMlaShape, sparse_mla_inputs
+from vllm_sm12x.ops.sparse_mla.reference import quantised_reference, sparse_mla_reference
+from vllm_sm12x.ops.sparse_mla.spec import SparseMlaShape, quantised_output, sparse_mla_inputs
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="test_sparse_mla runs them natively"
@@ -65,6 +68,28 @@ def check_splits(shape: SparseMlaShape, splits: int, config, seed: int = 0) -> N
 )
 def test_shapes(shape, splits, config):
     check_splits(shape, splits, config)
+
+
+@pytest.mark.parametrize("config", ["mma"], indirect=True)
+@pytest.mark.parametrize("unpack", [False, True])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_quantised_result(splits, unpack, config, rounds_to_e4m3):
+    shape = SparseMlaShape(
+        3, heads=70, swa=40, extra=90, lens="ragged", holes=0.3, rows=99, table=True,
+        unpack=unpack,
+    )  # fmt: skip
+    policy = LaunchPolicy(batch_invariant=True, topk_chunk=config.block_n * splits)
+    inputs = sparse_mla_inputs(shape, device="cpu")
+    arguments = quantised_output(3, 70, device="cpu")
+    out, scale = sparse_mla(**inputs, **arguments, policy=policy), arguments["out_scale"]
+    # Values of bf16 are fp32 here, so that the bits are not those of bf16 rows: some values round
+    # the other way, by one unit.
+    rows = sparse_mla_reference(**inputs)
+    want = quantised_reference(rows, arguments["positions"], arguments["cos_sin_cache"])
+    assert relative_error(dequantised(out, scale), dequantised(*want)) <= TOLERANCE / 2
+    largest = out.float().unflatten(-1, (4, 128)).abs().amax(-1)
+    seen = rows.abs().amax(-1) > 0
+    assert seen.any() and (largest[seen] >= 224).all() and (largest <= 448).all()
 
 
 @settings(max_examples=12)

@@ -29,6 +29,12 @@ FLASHINFER_WORKSPACE = 128 << 20  # what vLLM gives it
 ORACLE_TOKENS = 512  # the oracle holds [tokens, candidates, 512] in fp32
 PER_TOKEN = ("q", "swa_indices", "swa_lens", "extra_indices", "extra_lens", "request_ids")
 UNPACKING = ("unpacked", "unpacked_lens")
+QUANTISING = ("out", "out_scale", "positions", "cos_sin_cache")
+# Half of what rounding to e4m3 may take: where rows differ by their own tolerance, a few values
+# round the other way.
+QUANTISED_TOLERANCE = 2**-5
+IN_TWO = "attention, quantiser"
+HEADS_OF_GROUP = 8  # in DeepSeek V4's output projection
 # How many times FlashMLA's time a prefill may take, its gather and our unpacking included.
 PREFILL_RATIO = 1.6
 GATHERED = "FlashMLA's and ROCm's with vLLM's gather into bf16 and its lists of places"
@@ -39,11 +45,17 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any]
 def sparse_mla_cases(
     peers: Peers, device: torch.device, shapes: Sequence[SparseMlaShape] = SPARSE_MLA.bench
 ) -> Iterator[Case]:
-    """Decode, where every token has as many candidates as the shape is wide, and prefill."""
+    """Decode, where every token has as many candidates as the shape is wide, and prefill.
+
+    Quantised results race the same attention with vLLM's op behind it.
+    """
     for shape in shapes:
         # A set's caches are larger than what a call reads of them.
         count = min(3, input_sets(shape.bytes, device))
         sets = [SPARSE_MLA.inputs(shape, device=device, seed=seed) for seed in range(count)]
+        if shape.quantised:
+            yield quantised_case(peers, shape, sets)
+            continue
         builds = (
             prefill_peers(peers, shape.context, sets)
             if shape.context
@@ -51,10 +63,7 @@ def sparse_mla_cases(
         )
         if peers.flashinfer is not None:
             builds["flashinfer"] = partial(calls_of, partial(flashinfer, peers.flashinfer), sets)
-        candidates = f"{shape.swa}+{shape.extra}" if shape.extra else str(shape.swa)
-        if shape.context:
-            candidates += f" of a context of {shape.context}"
-            candidates += ", rows unpacked once" if shape.unpack else ", packed rows"
+        candidates = candidates_of(shape)
         yield Case(
             op=SPARSE_MLA.name,
             shape=f"T {shape.tokens}, {shape.heads} heads, {candidates}",
@@ -76,6 +85,74 @@ def sparse_mla_cases(
             slowest={"flash_mla": PREFILL_RATIO} if shape.context else {},
             note=GATHERED if shape.context and {"flash_mla", "rocm"} & builds.keys() else "",
         )
+
+
+def candidates_of(shape: SparseMlaShape) -> str:
+    """In words."""
+    candidates = f"{shape.swa}+{shape.extra}" if shape.extra else str(shape.swa)
+    if shape.context:
+        candidates += f" of a context of {shape.context}"
+        candidates += ", rows unpacked once" if shape.unpack else ", packed rows"
+    return candidates
+
+
+def quantised_case(peers: Peers, shape: SparseMlaShape, sets: list[dict[str, Any]]) -> Case:
+    """A result of e4m3 and scales, against bf16 rows and vLLM's op that makes these of them."""
+    name = f"{shape.heads} heads, {candidates_of(shape)}, quantised"
+    builds: dict[str, Build] = {}
+    if peers.quantize is not None:
+        builds[IN_TWO] = partial(calls_of, partial(quantised_by_vllm, peers.quantize), sets)
+    return Case(
+        op=SPARSE_MLA.name,
+        shape=f"T {shape.tokens}, {name}",
+        series=name,
+        at=shape.tokens,
+        ours=[partial(quantised, inputs) for inputs in sets],
+        peers=builds,
+        error=partial(quantised_error, sets[0]),
+        tolerance=QUANTISED_TOLERANCE,
+        difference=quantised_difference,
+        peer_tolerance=QUANTISED_TOLERANCE,
+        bytes=shape.bytes,
+        flops=shape.flops,
+    )
+
+
+def quantised(inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Our call; e4m3 and scales."""
+    return SPARSE_MLA.function(**inputs), inputs["out_scale"]
+
+
+def quantised_by_vllm(quantize: Callable[..., Any], inputs: dict[str, Any]) -> Call:
+    """Ours with a result in bf16, and vLLM's op, which gives e4m3 and scales by groups of heads."""
+    plain = {name: value for name, value in inputs.items() if name not in QUANTISING}
+    rows = torch.empty_like(inputs["q"])
+    groups = max(1, rows.shape[1] // HEADS_OF_GROUP)
+
+    def call() -> tuple[torch.Tensor, torch.Tensor]:
+        SPARSE_MLA.function(**plain, out=rows)
+        return quantize(rows, inputs["positions"], inputs["cos_sin_cache"], groups)
+
+    return call
+
+
+def quantised_error(inputs: dict[str, Any], result: tuple[torch.Tensor, torch.Tensor]) -> float:
+    """The error of some tokens against the oracle, quantised too."""
+    some = spread_rows(len(result[0]), ORACLE_TOKENS, result[0].device)
+    per_token = {name: inputs[name][some] for name in (*PER_TOKEN, "positions") if name in inputs}
+    out, scale = (torch.empty_like(part[some]) for part in result)
+    SPARSE_MLA.oracle(**inputs | per_token | {"out": out, "out_scale": scale})
+    return quantised_difference((out, scale), tuple(part[some] for part in result))
+
+
+def quantised_difference(theirs: tuple, ours: tuple) -> float:
+    """The relative difference of what the values and their scales stand for."""
+
+    def rows(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        tokens = len(values)
+        return values.float().reshape(tokens, -1, 128) * scales.reshape(tokens, -1, 1)
+
+    return relative_error(rows(*ours), rows(*theirs))
 
 
 def decode_peers(peers: Peers, sets: list[dict[str, Any]]) -> dict[str, Build]:

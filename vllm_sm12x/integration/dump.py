@@ -16,8 +16,8 @@ def dump_and_abort(path: str, layer: str, compress_ratio: int, calls: list[dict[
     """Append a line for each tensor of each call, then raise `DumpedAndAborted`.
 
     A line has: layer, compress_ratio, call (0, or 1 for the prefills of a mixed batch), tensor,
-    shape, dtype, strides, device and, for data that has an order, min and max; booleans and the
-    packed caches have none. Scalars are written as they are.
+    shape, dtype, strides, device and, for data that has an order, min and max; what has one byte
+    an element, as the packed caches do, has none. Scalars are written as they are.
     """
     with Path(path).open("a", encoding="utf-8") as file:
         for number, call in enumerate(calls):
@@ -41,7 +41,7 @@ def _describe(value: Any) -> dict[str, Any]:
         "strides": list(value.stride()),
         "device": str(value.device),
     }
-    if value.numel() and value.dtype not in (torch.uint8, torch.bool):
+    if value.numel() and value.itemsize > 1:
         low, high = value.aminmax()
         # JSON has no infinities: a padded head's sink is "-inf".
         described["min"], described["max"] = (_number(bound.item()) for bound in (low, high))

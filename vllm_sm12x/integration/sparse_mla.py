@@ -7,6 +7,10 @@ grouped output projection, which vLLM gives to DeepGEMM, are ours too.
 Decode, speculative decode (several tokens of one request) and prefill all read the packed paged
 caches through the same kernel; a batch of both makes two calls, decodes first, as vLLM orders it.
 Where a prefill's tokens share their compressed rows, the call unpacks these first.
+
+Where our fp8_einsum multiplies the attention's output by wo_a, the attention leaves what that
+multiplies: e4m3 values and scales, without RoPE, in the memory that vLLM made for rows of bf16. An
+op of vLLM makes these of the bf16 rows else, which it reads and writes once more.
 """
 
 import dataclasses
@@ -21,6 +25,8 @@ from vllm_sm12x.integration.dump import dump_and_abort
 from vllm_sm12x.integration.indexer import IndexerCache, SparseIndexer, as_if_deep_gemm
 from vllm_sm12x.integration.launch_variants import launch_policy
 from vllm_sm12x.ops import sparse_mla
+from vllm_sm12x.ops.fp8_ds_mla import HEAD_DIM
+from vllm_sm12x.ops.fp8_einsum.config import SCALE_BLOCK
 from vllm_sm12x.vllm_api.fp8_linear import scale_of
 from vllm_sm12x.vllm_api.sparse_mla import (
     BUILDER_GIVES_PREFILL_SLOTS,
@@ -163,6 +169,24 @@ def _take_over_selection(indexer: Any, vllm_config: Any) -> None:
     indexer.indexer_op = SparseIndexer(vllm_config, indexer.indexer_op, indexer.k_cache)
 
 
+def quantized_rows(o: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of e4m3 and their scales, in the memory of a token's rows of bf16.
+
+    Args:
+        o: bf16 [T, heads, 512], a token's rows one after the other.
+
+    Returns:
+        e4m3 [T, heads, 512] in the first half of the memory of each token, and behind them fp32
+        [T, heads, 4].
+    """
+    tokens, heads, _ = o.shape
+    rows = o.view(tokens, heads * HEAD_DIM)
+    values = rows.view(torch.float8_e4m3fn)[:, : heads * HEAD_DIM]
+    scales = rows.view(torch.float32)[:, heads * HEAD_DIM // 4 :]
+    scales = scales[:, : heads * HEAD_DIM // SCALE_BLOCK]
+    return values.unflatten(1, (heads, -1)), scales.unflatten(1, (heads, -1))
+
+
 class TritonMlaSparseAttention(BreakableAttention):
     """A DeepSeek V4 attention layer whose sparse MLA runs in Triton."""
 
@@ -175,8 +199,11 @@ class TritonMlaSparseAttention(BreakableAttention):
             with as_if_deep_gemm(True):
                 super().__init__(vllm_config, prefix, *args, **kwargs)
             self.fp8_einsum: Any = providers.implementation("fp8_einsum")
+            # DeepGEMM's takes scales as vLLM's op lays them out.
+            self.quantizes_output = providers.chosen("fp8_einsum").name == "triton"
         else:
             super().__init__(vllm_config, prefix, *args, **kwargs)
+            self.quantizes_output = False
         # The same cache under the same name, built by our metadata builder.
         stock = self.swa_cache_layer
         del vllm_config.compilation_config.static_forward_context[stock.prefix]
@@ -221,9 +248,14 @@ class TritonMlaSparseAttention(BreakableAttention):
         if not self.on_sm12x_path or scale is None:
             return super()._o_proj(o, positions)
         groups = self.n_local_groups
-        values, scales = inverse_rope_and_quantize(
-            o, positions, self.rotary_emb.cos_sin_cache, groups
-        )
+        if self.quantizes_output:
+            values, scales = (
+                rows.flatten(1).unflatten(1, (groups, -1)) for rows in quantized_rows(o)
+            )
+        else:
+            values, scales = inverse_rope_and_quantize(
+                o, positions, self.rotary_emb.cos_sin_cache, groups
+            )
         weight, weight_scale = (
             tensor.unflatten(0, (groups, -1)) for tensor in (wo_a.weight, scale[1])
         )
@@ -232,7 +264,10 @@ class TritonMlaSparseAttention(BreakableAttention):
     def forward_mqa(
         self, q: torch.Tensor, kv: torch.Tensor, positions: torch.Tensor, output: torch.Tensor
     ) -> None:
-        """Attend; q and output are bf16 [tokens, padded heads, 512], kv is read from the caches."""
+        """Attend; q and output are bf16 [tokens, padded heads, 512], kv is read from the caches.
+
+        Where `_o_proj` multiplies by a quantized wo_a, output holds `quantized_rows` instead.
+        """
         metadata = current_metadata()
         if metadata is None:
             if self.unpacked_capacity:
@@ -258,7 +293,7 @@ class TritonMlaSparseAttention(BreakableAttention):
                 **self._compressed_candidates(tokens, window, compressed),
                 "sink": self.attn_sink[heads],
                 "softmax_scale": self.scale,
-                "out": output[tokens, heads],
+                **self._result(output[tokens, heads], positions[tokens]),
             }
             for tokens, indices, lens in calls
         ]
@@ -267,6 +302,18 @@ class TritonMlaSparseAttention(BreakableAttention):
             dump_and_abort(self.dump_path, self.prefix, self.compress_ratio, arguments)
         for call in arguments:
             sparse_mla(**call, policy=self.policy)
+
+    def _result(self, o: torch.Tensor, positions: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Where sparse_mla leaves, in the memory of `o`, what `_o_proj` finds there."""
+        if not self.quantizes_output or scale_of(self.wo_a) is None:
+            return {"out": o}
+        values, scales = quantized_rows(o)
+        return {
+            "out": values,
+            "out_scale": scales,
+            "positions": positions,
+            "cos_sin_cache": self.rotary_emb.cos_sin_cache,
+        }
 
     def _compressed_candidates(
         self, tokens: slice, window: Any, compressed: Any

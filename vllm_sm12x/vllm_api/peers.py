@@ -21,6 +21,7 @@ class Peers:
             into bf16, `combine` makes one list of a token's window and compressed rows.
         rocm: the Triton kernels of vLLM's ROCm backend, which no ROCm is needed for: `decode`,
             `prefill` after the same gather, and `ragged`, which packs their index lists.
+        quantize: what vLLM makes of the attention's rows before it projects them.
     """
 
     deep_gemm: Any = None
@@ -29,6 +30,7 @@ class Peers:
     flashinfer: Any = None
     prefill: Any = None
     rocm: Any = None
+    quantize: Any = None
     absent: dict[str, str] = field(default_factory=dict)
 
 
@@ -101,6 +103,12 @@ def _rocm() -> Any:
     )
 
 
+def _quantize() -> Any:
+    from vllm_sm12x.vllm_api.sparse_mla import inverse_rope_and_quantize
+
+    return inverse_rope_and_quantize
+
+
 _FINDERS = {
     "deep_gemm": _deep_gemm,
     "indexer": _indexer,
@@ -108,4 +116,5 @@ _FINDERS = {
     "flashinfer": _flashinfer,
     "prefill": _prefill,
     "rocm": _rocm,
+    "quantize": _quantize,
 }

@@ -4,13 +4,14 @@
 import functools
 import importlib
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from vllm_sm12x.ops.fp8_ds_mla import HEAD_DIM, check_packed_cache
+from vllm_sm12x.ops.fp8_ds_mla import HEAD_DIM, ROPE_DIM, check_packed_cache
 from vllm_sm12x.ops.launch import (
     dot_dtype,
     has_mma,
@@ -28,6 +29,7 @@ from vllm_sm12x.ops.sparse_mla.config import (
     choose_unpacked,
 )
 from vllm_sm12x.ops.sparse_mla.kernel import (
+    RUN,
     sparse_mla_kernel,
     sparse_mla_merge_kernel,
     unpack_rows_kernel,
@@ -52,6 +54,9 @@ def sparse_mla(
     sink: torch.Tensor | None = None,
     softmax_scale: float,
     out: torch.Tensor | None = None,
+    out_scale: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    cos_sin_cache: torch.Tensor | None = None,
     return_lse: bool = False,
     policy: LaunchPolicy | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -80,7 +85,16 @@ def sparse_mla(
             ignored. Required with `unpacked`.
         sink: fp32 [H], natural log units, added to the denominator only; -inf is none.
         softmax_scale: factor of the scores.
-        out: bf16 [T, H, 512] to write into; allocated if None.
+        out: bf16 [T, H, 512] to write into, rows contiguous; allocated if None. With `out_scale`
+            e4m3, and required.
+        out_scale: fp32 [T, H, 4], rows contiguous, written: what a quantised grouped output
+            projection multiplies is left in place of the bf16 rows. Those lose the RoPE of their
+            token's position in the last 64 values, and each run of 128 values v has the scale
+            s = 2^ceil(log2(max(|v|) / 448)) and is left as v / s. The bits are those of vLLM's
+            fused_inv_rope_fp8_quant on the bf16 rows.
+        positions: int64 [T]; required with `out_scale`.
+        cos_sin_cache: fp32 [positions, 64], 32 cosines and 32 sines of the angles of the pairs of
+            neighbours among a row's last 64 values; required with `out_scale`.
         return_lse: also return the natural LSE over the candidates, without the sink.
         policy: launch limits, and whether a token's bits may depend on how many there are; None:
             the defaults.
@@ -109,8 +123,7 @@ def sparse_mla(
     _check_vector("request_ids", request_ids, torch.int32, tokens)
     _check_unpacked(unpacked, unpacked_lens, extra_block_table)
     _check_vector("sink", sink, torch.float32, heads)
-    if out is not None:
-        _check_output(out, q)
+    _check_output(out, out_scale, positions, cos_sin_cache, q)
     _check_devices(
         q.device,
         swa_cache=swa_cache,
@@ -125,6 +138,9 @@ def sparse_mla(
         unpacked_lens=unpacked_lens,
         sink=sink,
         out=out,
+        out_scale=out_scale,
+        positions=positions,
+        cos_sin_cache=cos_sin_cache,
     )
     gpu: dict[str, Any] = {"sms": multiprocessors("q", q.device), **gluon_kernels(q.device)}
 
@@ -133,6 +149,8 @@ def sparse_mla(
     lse = q.new_empty((tokens, heads), dtype=torch.float32) if return_lse else None
     if tokens:
         policy = policy or LaunchPolicy()
+        if out_scale is not None:
+            policy = replace(policy, wgmma=False)  # hopper.py has no such result
         if unpacked is not None:
             plan = choose_unpacked(heads, policy=policy, **gpu)
             _unpack(extra_cache, extra_block_table, unpacked_lens, unpacked)
@@ -160,6 +178,9 @@ def sparse_mla(
                 extra_lens=_rows(extra_lens, rows),
                 request_ids=_rows(request_ids, rows),
                 out=out[rows],
+                out_scale=_rows(out_scale, rows),
+                positions=_rows(positions, rows),
+                cos_sin_cache=cos_sin_cache,
                 lse=_rows(lse, rows),
             )
     return out if lse is None else (out, lse)
@@ -214,6 +235,9 @@ def _launch(
     extra_lens: torch.Tensor | None,
     request_ids: torch.Tensor | None,
     out: torch.Tensor,
+    out_scale: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    cos_sin_cache: torch.Tensor | None,
     lse: torch.Tensor | None,
 ) -> None:
     tokens, heads, _ = q.shape
@@ -233,15 +257,18 @@ def _launch(
     lse_strides = (0, 0)
     if target_lse is not None:
         lse_strides = (target_lse.stride(0), target_lse.stride(1) if partial else 0)
+    finish = _quantisation(out_scale, positions, cos_sin_cache)
     # Gluon is imported where a kernel of it is taken. Those have tiles of their own.
-    options = {}
+    options = _quantisation(None, None, None) if partial else finish
     if config.kernel is Kernel.HOPPER:
         from vllm_sm12x.ops.sparse_mla.hopper import sparse_mla_hopper_kernel as kernel
+
+        options = {}
     elif config.kernel is Kernel.MMA:
         from vllm_sm12x.ops.sparse_mla.mma import sparse_mla_mma_kernel as kernel
     else:
         kernel = sparse_mla_kernel
-        options = {
+        options = options | {
             "BLOCK_H": config.block_h,
             "BLOCK_N": config.block_n,
             "STAGES": config.stages,
@@ -309,9 +336,30 @@ def _launch(
                 0 if lse is None else lse.stride(0),
                 HAS_SINK=sink is not None,
                 HAS_LSE=lse is not None,
+                **finish,
                 BLOCK_S=triton.next_power_of_2(num_splits),
                 num_warps=4,
             )
+
+
+def _quantisation(
+    out_scale: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    cos_sin_cache: torch.Tensor | None,
+) -> dict[str, Any]:
+    """What a kernel that writes a result is given of these, by name."""
+    strides = [0, 0, 0]
+    if out_scale is not None and cos_sin_cache is not None:
+        strides = [*out_scale.stride()[:2], cos_sin_cache.stride(0)]
+    return {
+        "out_scale_ptr": out_scale,
+        "positions_ptr": positions,
+        "cos_sin_ptr": cos_sin_cache,
+        "out_scale_stride_t": strides[0],
+        "out_scale_stride_h": strides[1],
+        "cos_sin_stride": strides[2],
+        "QUANTISE": out_scale is not None,
+    }
 
 
 def _unpack(cache: Any, table: Any, lens: Any, unpacked: torch.Tensor) -> None:
@@ -368,13 +416,40 @@ def _check_unpacked(
     _check_vector("unpacked_lens", lens, torch.int32, requests)
 
 
-def _check_output(out: torch.Tensor, q: torch.Tensor) -> None:
-    if out.dtype != torch.bfloat16:
-        raise TypeError(f"out: expected dtype torch.bfloat16, got {out.dtype}")
-    if out.shape != q.shape:
-        raise ValueError(f"out: expected the shape of q {list(q.shape)}, got {list(out.shape)}")
-    if out.stride(2) != 1:
-        raise ValueError(f"out: expected contiguous rows, got strides {tuple(out.stride())}")
+def _check_output(
+    out: torch.Tensor | None,
+    out_scale: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    cos_sin_cache: torch.Tensor | None,
+    q: torch.Tensor,
+) -> None:
+    tokens, heads, _ = q.shape
+    if out_scale is None or positions is None or cos_sin_cache is None:
+        if not out_scale is positions is cos_sin_cache is None:
+            raise ValueError("out_scale, positions and cos_sin_cache: give all or none")
+        if out is not None:
+            _check_rows("out", out, torch.bfloat16, (tokens, heads, HEAD_DIM))
+        return
+    if out is None:
+        raise ValueError("out: required with out_scale")
+    _check_rows("out", out, torch.float8_e4m3fn, (tokens, heads, HEAD_DIM))
+    _check_rows("out_scale", out_scale, torch.float32, (tokens, heads, HEAD_DIM // RUN.value))
+    _check_vector("positions", positions, torch.int64, tokens)
+    _check_matrix("cos_sin_cache", cos_sin_cache, torch.float32)
+    if cos_sin_cache.shape[1] != ROPE_DIM:
+        shape = list(cos_sin_cache.shape)
+        raise ValueError(f"cos_sin_cache: expected [positions, {ROPE_DIM}], got {shape}")
+
+
+def _check_rows(
+    name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, int, int]
+) -> None:
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name}: expected dtype {dtype}, got {tensor.dtype}")
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: expected {list(shape)}, got {list(tensor.shape)}")
+    if tensor.stride(2) != 1:
+        raise ValueError(f"{name}: expected contiguous rows, got strides {tuple(tensor.stride())}")
 
 
 def _check_candidates(

@@ -13,6 +13,8 @@ Design constraints, please keep them when editing:
 - A row is two halves of 256 values, each with its own dot and accumulator: the 32 MMAs of one dot
   over 512 values wait for each other, those of two halves need not (README.md, "Halves").
 - SWA and extra candidates are one list of tiles, so one online softmax serves both.
+- A result that is to be quantised is rounded to bf16 first: the bits are those of a quantiser that
+  reads what this kernel else writes.
 - The widest tiles leave no register over. What the epilogue needs of the place in the grid
   it works out again: kept through the loop, it spills in Triton 3.7 and 3.8.
 - Lanes that a mask leaves out have addresses inside the tensor all the same: Triton 3.6 is said to
@@ -31,6 +33,11 @@ HALF_GROUPS = tl.constexpr(4)
 NOPE_GROUPS = tl.constexpr(7)
 GROUP_WORDS = tl.constexpr(16)
 ROPE_WORDS = tl.constexpr(32)
+# Values of a quantised result that share a scale. The least and the largest magnitude that scales
+# are made for: vLLM's (fused_inv_rope_fp8_quant.py), and e4m3's.
+RUN = tl.constexpr(128)
+LEAST = tl.constexpr(1e-10)
+E4M3_MAX = tl.constexpr(448.0)
 MASKED = tl.constexpr(-1e30)
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -53,6 +60,7 @@ SCALAR_LOADS = [
     "table_ptr",
     "request_ids_ptr",
     "unpacked_lens_ptr",
+    "positions_ptr",
 ]
 
 
@@ -302,6 +310,35 @@ def _lse(running_max, running_sum):
     return tl.where(seen, running_max + tl.log2(tl.where(seen, running_sum, 1.0)), -float("inf"))
 
 
+@triton.jit
+def _rotation(token, positions_ptr, cos_sin_ptr, cos_sin_stride, COLUMNS: tl.constexpr):
+    """cos and sin [COLUMNS / 2] of the pairs of a token's last columns; 1 and 0 before RoPE's."""
+    pair = tl.arange(0, COLUMNS // 2)
+    is_rope = pair >= COLUMNS // 2 - ROPE_WORDS
+    row_ptr = cos_sin_ptr + tl.load(positions_ptr + token) * cos_sin_stride
+    # Of a multiple of ROPE_WORDS pairs the last are these.
+    cos = tl.load(row_ptr + pair % ROPE_WORDS, mask=is_rope, other=1.0)
+    sin = tl.load(row_ptr + (ROPE_WORDS + pair % ROPE_WORDS), mask=is_rope, other=0.0)
+    return cos[None, :], sin[None, :]
+
+
+@triton.jit
+def _unrotate(x, cos, sin, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows x [ROWS, COLUMNS] without the RoPE of their position."""
+    even, odd = tl.split(tl.reshape(x, (ROWS, COLUMNS // 2, 2)))
+    return tl.reshape(tl.join(even * cos + odd * sin, odd * cos - even * sin), (ROWS, COLUMNS))
+
+
+@triton.jit
+def _quantise(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """e4m3 of x [ROWS, COLUMNS], and a power of two for each run of 128 columns."""
+    runs = tl.reshape(x, (ROWS, COLUMNS // RUN, RUN))
+    largest = tl.maximum(tl.max(tl.abs(runs), 2), LEAST)
+    exponent = tl.ceil(tl.log2(largest * (1.0 / E4M3_MAX)))
+    values = (runs * tl.exp2(-exponent)[:, :, None]).to(tl.float8e4nv)
+    return tl.reshape(values, (ROWS, COLUMNS)), tl.exp2(exponent)
+
+
 @triton.jit(do_not_specialize=RUNTIME_SIZES, do_not_specialize_on_alignment=SCALAR_LOADS)
 def sparse_mla_kernel(
     q_ptr,
@@ -336,6 +373,12 @@ def sparse_mla_kernel(
     lse_stride_t,
     lse_stride_s,
     num_splits,
+    out_scale_ptr,
+    positions_ptr,
+    cos_sin_ptr,
+    out_scale_stride_t,
+    out_scale_stride_h,
+    cos_sin_stride,
     SWA_BLOCK: tl.constexpr,
     EXTRA_BLOCK: tl.constexpr,
     HAS_SWA_LENS: tl.constexpr,
@@ -346,6 +389,7 @@ def sparse_mla_kernel(
     HAS_SINK: tl.constexpr,
     HAS_LSE: tl.constexpr,
     PARTIAL: tl.constexpr,
+    QUANTISE: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
@@ -359,6 +403,7 @@ def sparse_mla_kernel(
     HAS_EXTRA.
     PARTIAL writes the split's normalised fp32 result and its base-2 LSE (-inf if it saw no
     candidate); otherwise the final bf16 row and, if asked, the natural LSE without the sink.
+    QUANTISE writes e4m3 and scales of the final row, without the RoPE of its position.
     """
     head_blocks = tl.cdiv(num_heads, BLOCK_H)
     token, h, head_mask = _place(head_blocks, num_heads, BLOCK_H, False)
@@ -467,9 +512,26 @@ def sparse_mla_kernel(
         out_row_ptr += split.to(tl.int64) * out_stride_s
         write = head_mask & (running_max > MASKED)
     out_ptrs = out_row_ptr + h[:, None] * out_stride_h + d[None, :]
-    out_dtype = out_ptr.dtype.element_ty
-    tl.store(out_ptrs, (acc_low * inverse).to(out_dtype), mask=write[:, None])
-    tl.store(out_ptrs + HALF_DIM, (acc_high * inverse).to(out_dtype), mask=write[:, None])
+    if QUANTISE:
+        run = tl.arange(0, HALF_DIM // RUN)
+        scale_row_ptr = out_scale_ptr + token * out_scale_stride_t
+        scale_ptrs = scale_row_ptr + h[:, None] * out_scale_stride_h + run[None, :]
+        low = (acc_low * inverse).to(tl.bfloat16).to(tl.float32)
+        low, scale = _quantise(low, BLOCK_H, HALF_DIM)
+        tl.store(out_ptrs, low, mask=head_mask[:, None])
+        tl.store(scale_ptrs, scale, mask=head_mask[:, None])
+        # Without extra candidates Triton 3.8 spills what it would keep of the first half's.
+        token, h, head_mask = _place(head_blocks, num_heads, BLOCK_H, NATIVE)
+        cos, sin = _rotation(token, positions_ptr, cos_sin_ptr, cos_sin_stride, HALF_DIM)
+        high = (acc_high * inverse).to(tl.bfloat16).to(tl.float32)
+        high = _unrotate(high, cos, sin, BLOCK_H, HALF_DIM)
+        high, scale = _quantise(high, BLOCK_H, HALF_DIM)
+        tl.store(out_ptrs + HALF_DIM, high, mask=head_mask[:, None])
+        tl.store(scale_ptrs + HALF_DIM // RUN, scale, mask=head_mask[:, None])
+    else:
+        out_dtype = out_ptr.dtype.element_ty
+        tl.store(out_ptrs, (acc_low * inverse).to(out_dtype), mask=write[:, None])
+        tl.store(out_ptrs + HALF_DIM, (acc_high * inverse).to(out_dtype), mask=write[:, None])
     if PARTIAL:
         lse = _lse(running_max, running_sum)
         lse_row_ptr = lse_ptr + token * lse_stride_t + split.to(tl.int64) * lse_stride_s
@@ -530,7 +592,10 @@ def unpack_rows_kernel(
         tl.store(out_ptrs + HALF_DIM, k_high.to(tl.bfloat16), mask=written)
 
 
-@triton.jit(do_not_specialize=["num_heads", "num_splits"])
+@triton.jit(
+    do_not_specialize=["num_heads", "num_splits"],
+    do_not_specialize_on_alignment=["positions_ptr"],
+)
 def sparse_mla_merge_kernel(
     partial_ptr,
     partial_lse_ptr,
@@ -547,11 +612,20 @@ def sparse_mla_merge_kernel(
     out_stride_t,
     out_stride_h,
     lse_stride_t,
+    out_scale_ptr,
+    positions_ptr,
+    cos_sin_ptr,
+    out_scale_stride_t,
+    out_scale_stride_h,
+    cos_sin_stride,
     HAS_SINK: tl.constexpr,
     HAS_LSE: tl.constexpr,
+    QUANTISE: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     """Merge the splits of one token and head, in split order: same inputs, same bits.
+
+    QUANTISE as in `sparse_mla_kernel`.
 
     A whole row at a time: with the 4 warps side by side on 512 values, each thread has all splits
     of its values and the sum leaves no warp. In blocks of 128 values it went through shared memory,
@@ -561,6 +635,9 @@ def sparse_mla_merge_kernel(
     token = (tl.program_id(0) // num_heads).to(tl.int64)
     d = tl.arange(0, HEAD_DIM)
     s = tl.arange(0, BLOCK_S)
+    if QUANTISE:
+        # Asked for first, as the parts are: behind their sum it would be waited for again.
+        cos, sin = _rotation(token, positions_ptr, cos_sin_ptr, cos_sin_stride, HEAD_DIM)
     lse_in = tl.load(
         partial_lse_ptr + token * partial_lse_stride_t + s * partial_lse_stride_s + head,
         mask=s < num_splits,
@@ -588,7 +665,12 @@ def sparse_mla_merge_kernel(
         tl.store(lse_ptr + token * lse_stride_t + head, lse)
     weight = weight / tl.where(seen, denominator, 1.0)
     row = tl.sum(part * weight[:, None], 0)
-    tl.store(
-        out_ptr + token * out_stride_t + head * out_stride_h + d,
-        row.to(out_ptr.dtype.element_ty),
-    )
+    out_ptrs = out_ptr + token * out_stride_t + head * out_stride_h + d
+    if QUANTISE:
+        rows = row.to(tl.bfloat16).to(tl.float32)[None, :]
+        rows, scale = _quantise(_unrotate(rows, cos, sin, 1, HEAD_DIM), 1, HEAD_DIM)
+        scale_ptr = out_scale_ptr + token * out_scale_stride_t + head * out_scale_stride_h
+        tl.store(scale_ptr + tl.arange(0, HEAD_DIM // RUN)[None, :], scale)
+        tl.store(out_ptrs[None, :], rows)
+    else:
+        tl.store(out_ptrs, row.to(out_ptr.dtype.element_ty))

@@ -57,7 +57,14 @@ from vllm_sm12x.ops.sparse_mla.gluon_parts import (
     unpack_e4m3,
     weigh,
 )
-from vllm_sm12x.ops.sparse_mla.kernel import RUNTIME_SIZES, SCALAR_LOADS
+from vllm_sm12x.ops.sparse_mla.kernel import (
+    E4M3_MAX,
+    LEAST,
+    ROPE_WORDS,
+    RUN,
+    RUNTIME_SIZES,
+    SCALAR_LOADS,
+)
 
 BLOCK_H = gl.constexpr(64)
 BLOCK_N = gl.constexpr(16)
@@ -115,6 +122,15 @@ OUT_COPY = gl.constexpr(gl.BlockedLayout([1, 1, 8], [1, 1, 32], [2, 4, 1], [2, 1
 OUT_HALF = gl.constexpr(gl.SliceLayout(1, gl.SliceLayout(2, OUT_COPY.value)))
 OUT_ROW = gl.constexpr(gl.SliceLayout(0, gl.SliceLayout(2, OUT_COPY.value)))
 OUT_COL = gl.constexpr(gl.SliceLayout(0, gl.SliceLayout(0, OUT_COPY.value)))
+# The same rows, as pairs of columns.
+OUT_PAIRS = gl.constexpr(gl.BlockedLayout([1, 1, 4], [1, 1, 32], [2, 4, 1], [2, 1, 0]))
+PAIRS_HALF = gl.constexpr(gl.SliceLayout(1, gl.SliceLayout(2, OUT_PAIRS.value)))
+PAIRS_COL = gl.constexpr(gl.SliceLayout(0, gl.SliceLayout(0, OUT_PAIRS.value)))
+# Their scales [half, head, run].
+SCALE_COPY = gl.constexpr(gl.BlockedLayout([1, 1, 1], [1, 16, 2], [2, 4, 1], [2, 1, 0]))
+SCALE_HALF = gl.constexpr(gl.SliceLayout(1, gl.SliceLayout(2, SCALE_COPY.value)))
+SCALE_ROW = gl.constexpr(gl.SliceLayout(0, gl.SliceLayout(2, SCALE_COPY.value)))
+SCALE_RUN = gl.constexpr(gl.SliceLayout(0, gl.SliceLayout(0, SCALE_COPY.value)))
 FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 # Raw words in the order of the threads of RAW, and scale bytes [row, 8] in 32-bit words.
 RAW_MEMORY = gl.constexpr(
@@ -336,6 +352,32 @@ def _multiply_both(p, rescale, acc, q, k_parts, buffer, after):
     return parts, s
 
 
+@gluon.jit
+def _unrotate(x, cos_sin_row_ptr):
+    """Rows x [half, head, HALF], without the RoPE of a position."""
+    half = gl.arange(0, 2, layout=PAIRS_HALF)[:, None][:, :, None]
+    pair = gl.arange(0, HALF // 2, layout=PAIRS_COL)[None, :][None, :, :]
+    is_rope = half * (HALF // 2) + pair >= HALF - ROPE_WORDS
+    # A half is a multiple of ROPE_WORDS pairs, of which the last are these.
+    cos = gl.load(cos_sin_row_ptr + pair % ROPE_WORDS, mask=is_rope, other=1.0)
+    sin = gl.load(cos_sin_row_ptr + (ROPE_WORDS + pair % ROPE_WORDS), mask=is_rope, other=0.0)
+    even, odd = gl.split(gl.reshape(x, (2, BLOCK_H, HALF // 2, 2)))
+    even = gl.convert_layout(even, OUT_PAIRS)
+    odd = gl.convert_layout(odd, OUT_PAIRS)
+    rows = gl.join(even * cos + odd * sin, odd * cos - even * sin)
+    return gl.reshape(rows, (2, BLOCK_H, HALF))
+
+
+@gluon.jit
+def _quantise(x):
+    """e4m3 of rows x [half, head, HALF], and a power of two for each run of 128 columns."""
+    runs = gl.reshape(x, (2, BLOCK_H, HALF // RUN, RUN))
+    largest = gl.maximum(gl.max(gl.abs(runs), 3), LEAST)
+    exponent = gl.ceil(gl.log2(largest * (1.0 / E4M3_MAX)))
+    values = (runs * gl.exp2(-exponent)[:, :, :, None]).to(gl.float8e4nv)
+    return gl.reshape(values, (2, BLOCK_H, HALF)), gl.exp2(exponent)
+
+
 @gluon.jit(do_not_specialize=RUNTIME_SIZES, do_not_specialize_on_alignment=SCALAR_LOADS)
 def sparse_mla_mma_kernel(
     q_ptr,
@@ -370,6 +412,12 @@ def sparse_mla_mma_kernel(
     lse_stride_t,
     lse_stride_s,
     num_splits,
+    out_scale_ptr,
+    positions_ptr,
+    cos_sin_ptr,
+    out_scale_stride_t,
+    out_scale_stride_h,
+    cos_sin_stride,
     SWA_BLOCK: gl.constexpr,
     EXTRA_BLOCK: gl.constexpr,
     HAS_SWA_LENS: gl.constexpr,
@@ -380,6 +428,7 @@ def sparse_mla_mma_kernel(
     HAS_SINK: gl.constexpr,
     HAS_LSE: gl.constexpr,
     PARTIAL: gl.constexpr,
+    QUANTISE: gl.constexpr,
 ):
     """One query token, 64 heads, one split of its candidates; as `sparse_mla_kernel`."""
     token, first_head = token_and_head(num_heads, BLOCK_H, False)
@@ -567,4 +616,18 @@ def sparse_mla_mma_kernel(
         d = half * HALF + gl.arange(0, HALF, layout=OUT_COL)[None, :][None, :, :]
         h = first_head + gl.arange(0, BLOCK_H, layout=OUT_ROW)
         out_ptrs = out_ptr + token * out_stride_t + ((h * out_stride_h)[None, :][:, :, None] + d)
-        gl.store(out_ptrs, out_memory.load(OUT_COPY), mask=(h < num_heads)[None, :][:, :, None])
+        rows = out_memory.load(OUT_COPY)
+        if QUANTISE:
+            position = gl.load(positions_ptr + token)
+            rows = _unrotate(rows.to(gl.float32), cos_sin_ptr + position * cos_sin_stride)
+            rows, scale = _quantise(rows)
+            rows = gl.convert_layout(rows, OUT_COPY)
+            scale = gl.convert_layout(scale, SCALE_COPY)
+            half = gl.arange(0, 2, layout=SCALE_HALF)[:, None][:, :, None]
+            run = gl.arange(0, HALF // RUN, layout=SCALE_RUN)[None, :][None, :, :]
+            h = first_head + gl.arange(0, BLOCK_H, layout=SCALE_ROW)
+            scale_ptrs = out_scale_ptr + token * out_scale_stride_t + (half * (HALF // RUN) + run)
+            scale_ptrs += (h * out_scale_stride_h)[None, :][:, :, None]
+            gl.store(scale_ptrs, scale, mask=(h < num_heads)[None, :][:, :, None])
+        h = first_head + gl.arange(0, BLOCK_H, layout=OUT_ROW)
+        gl.store(out_ptrs, rows, mask=(h < num_heads)[None, :][:, :, None])

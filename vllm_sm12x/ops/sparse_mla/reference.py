@@ -62,6 +62,9 @@ def sparse_mla_reference(
     sink: torch.Tensor | None = None,
     softmax_scale: float,
     out: torch.Tensor | None = None,
+    out_scale: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    cos_sin_cache: torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`sparse_mla` in fp32: same arguments, `out` fp32 unless one is given; `unpacked` is left."""
@@ -84,6 +87,24 @@ def sparse_mla_reference(
     # A row without candidates has denominator -inf or the sink alone: its weights are all zero.
     weights = weights.masked_fill(~valid[:, None, :], 0.0)
     result = torch.einsum("thw,twd->thd", weights, rows)
+    if out_scale is not None and positions is not None and cos_sin_cache is not None:
+        result, scale = quantised_reference(result, positions, cos_sin_cache)
+        out_scale.copy_(scale)
     if out is not None:
         result = out.copy_(result)
     return (result, lse) if return_lse else result
+
+
+def quantised_reference(
+    rows: torch.Tensor, positions: torch.Tensor, cos_sin_cache: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows [T, H, 512] without their RoPE, as e4m3 and scales fp32 [T, H, 4]."""
+    rows = rows.float().clone()
+    cos, sin = cos_sin_cache[positions][:, None, :].chunk(2, -1)
+    even, odd = rows[..., -64::2].clone(), rows[..., -63::2].clone()
+    rows[..., -64::2] = even * cos + odd * sin
+    rows[..., -63::2] = odd * cos - even * sin
+    runs = rows.unflatten(-1, (4, 128))
+    largest = runs.abs().amax(-1).clamp_min(1e-10)
+    scale = torch.exp2(torch.ceil(torch.log2(largest / 448)))
+    return (runs / scale[..., None]).flatten(-2).to(torch.float8_e4m3fn), scale

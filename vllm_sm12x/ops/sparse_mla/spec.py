@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vllm_sm12x.ops.fp8_ds_mla import HEAD_DIM, ROW_BYTES, pack_fp8_ds_mla
+from vllm_sm12x.ops.fp8_ds_mla import HEAD_DIM, ROPE_DIM, ROW_BYTES, pack_fp8_ds_mla
 from vllm_sm12x.ops.op_spec import OpSpec, TokensShape
 from vllm_sm12x.ops.sparse_mla import sparse_mla
 from vllm_sm12x.ops.sparse_mla.reference import sparse_mla_reference
@@ -31,6 +31,7 @@ class SparseMlaShape(TokensShape):
             layer of ratio 4 lets them see, the window up to themselves and `extra` of the
             compressed rows before them. 0: candidates are anywhere in the caches.
         unpack: the extra rows are unpacked first; needs a table or a context.
+        quantised: the result is e4m3 and scales.
     """
 
     heads: int = 64
@@ -46,6 +47,7 @@ class SparseMlaShape(TokensShape):
     rows: int = 4096
     context: int = 0
     unpack: bool = False
+    quantised: bool = False
 
     @property
     def candidates(self) -> int:
@@ -67,8 +69,9 @@ class SparseMlaShape(TokensShape):
         if self.context:  # whose tokens share them
             rows = min(self.context, self.tokens + self.swa - 1)
             rows += self.context // COMPRESSION if self.extra else 0
-        queries = 2 * self.tokens * self.heads * HEAD_DIM * 2
-        return rows * ROW_BYTES + self.candidates * 4 + queries
+        values = self.tokens * self.heads * HEAD_DIM
+        result = values + values // 32 if self.quantised else values * 2
+        return rows * ROW_BYTES + self.candidates * 4 + values * 2 + result
 
 
 def sparse_mla_inputs(
@@ -105,6 +108,8 @@ def sparse_mla_inputs(
 
     q = torch.randn(shape.tokens, shape.heads, HEAD_DIM, generator=gen, device=device)
     inputs: dict[str, Any] = {"q": q.to(torch.bfloat16), "softmax_scale": HEAD_DIM**-0.5}
+    if shape.quantised:
+        inputs |= quantised_output(shape.tokens, shape.heads, device=device, seed=seed)
     inputs["swa_cache"] = cache(shape.swa_block, shape.context or shape.rows)
     if not shape.context:
         inputs["swa_indices"] = indices(shape.swa)
@@ -127,6 +132,28 @@ def sparse_mla_inputs(
         inputs["extra_block_table"] = torch.stack(order).to(torch.int32)
         inputs["request_ids"] = randint(0, requests, (shape.tokens,))
     return inputs | (_unpacked(shape, inputs) if shape.unpack else {})
+
+
+def quantised_output(
+    tokens: int, heads: int, *, device: torch.device | str, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """Keyword arguments that ask for a quantised result, in memory of NaN.
+
+    As the layer has it, a token's values are the first half of what bf16 would take, and its scales
+    follow.
+    """
+    gen = torch.Generator(device=device).manual_seed(seed)
+    size = tokens, heads * 2 * HEAD_DIM
+    rows = torch.full(size, 0xFF, dtype=torch.uint8, device=device)
+    values, rest = rows[:, : heads * HEAD_DIM], rows[:, heads * HEAD_DIM :]
+    scales = rest[:, : heads * HEAD_DIM // 32]
+    angles = torch.randn(4096, ROPE_DIM // 2, generator=gen, device=device) * 10
+    return {
+        "out": values.view(torch.float8_e4m3fn).unflatten(1, (heads, -1)),
+        "out_scale": scales.view(torch.float32).unflatten(1, (heads, -1)),
+        "positions": torch.randint(0, 4096, (tokens,), generator=gen, device=device),
+        "cos_sin_cache": torch.cat([angles.cos(), angles.sin()], 1),
+    }
 
 
 def _unpacked(shape: SparseMlaShape, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -234,5 +261,10 @@ SPARSE_MLA = OpSpec(
             for context in (4096, 32768)
             for unpack in (False, True)
         ),
+        *(
+            SparseMlaShape(tokens, rows=65536, table=True, quantised=True)
+            for tokens in (1, 8, 32, 64, 512)
+        ),
+        SparseMlaShape(4096, context=32768, unpack=True, quantised=True),
     ),
 )
