@@ -47,12 +47,12 @@ def check_quantised(inputs: dict, policy: LaunchPolicy | None = None, seed: int 
     want, want_scale = quantised_reference(rows, arguments["positions"], arguments["cos_sin_cache"])
     assert torch.equal(scale, want_scale)
     got, want = out.float(), want.float()
-    # Sums of two products: a GPU rounds one of the products with the sum, torch before it.
-    nope = slice(0, 448)
-    assert torch.equal(got[..., nope], want[..., nope])
-    off = (got - want).abs()
-    assert (off <= torch.maximum(got.abs(), want.abs()) * 2**-3 + 2**-9).all()
-    assert (off > 0).sum() <= off.numel() * 1e-3
+    assert torch.equal(got[..., :448], want[..., :448])
+    # Of two products a GPU rounds one with their sum. And for sm_89 Triton converts fp32 by way of
+    # fp16, which rounds twice: seen 1 % of the values one unit off, where for sm_90 it is none.
+    off = (got - want)[..., 448:].abs()
+    assert (off <= torch.maximum(got.abs(), want.abs())[..., 448:] * 2**-3 + 2**-9).all()
+    assert (off > 0).sum() <= max(2, off.numel() // 50)
     tokens, heads, _ = out.shape
     rest = out.view(torch.uint8).as_strided((tokens, heads * 496), (heads * 1024, 1), heads * 528)
     assert (rest == 0xFF).all(), "wrote past the scales"

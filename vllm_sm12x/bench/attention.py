@@ -124,13 +124,16 @@ def quantised(inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def quantised_by_vllm(quantize: Callable[..., Any], inputs: dict[str, Any]) -> Call:
-    """Ours with a result in bf16, and vLLM's op, which gives e4m3 and scales by groups of heads."""
+    """Ours with a result in bf16, and vLLM's op, which gives e4m3 and scales by groups of heads.
+
+    By the same kernel: that of wgmma, which bf16 may take, has no quantised result.
+    """
     plain = {name: value for name, value in inputs.items() if name not in QUANTISING}
     rows = torch.empty_like(inputs["q"])
     groups = max(1, rows.shape[1] // HEADS_OF_GROUP)
 
     def call() -> tuple[torch.Tensor, torch.Tensor]:
-        SPARSE_MLA.function(**plain, out=rows)
+        SPARSE_MLA.function(**plain, out=rows, policy=LaunchPolicy(wgmma=False))
         return quantize(rows, inputs["positions"], inputs["cos_sin_cache"], groups)
 
     return call
