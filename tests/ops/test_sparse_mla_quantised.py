@@ -149,6 +149,30 @@ def test_cuda_graph_replay_with_changed_inputs(tokens):
     assert torch.equal(static["out_scale"], fresh["out_scale"])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [16, 64])
+@pytest.mark.parametrize("tokens", [1, 7, 64, 512])
+def test_a_quantised_result_is_what_vllms_op_makes_of_bf16_rows(tokens, heads):
+    pytest.importorskip("vllm", reason="the op is vLLM's")
+    from vllm_sm12x.vllm_api.sparse_mla import inverse_rope_and_quantize
+
+    shape = SparseMlaShape(tokens, heads=heads, table=True, lens="ragged", quantised=True)
+    inputs = sparse_mla_inputs(shape, device="cuda")
+    policy = LaunchPolicy(wgmma=False)
+    out = sparse_mla(**inputs, policy=policy).flatten(1).float()
+    names = ("out", "out_scale", "positions", "cos_sin_cache")
+    plain = {name: value for name, value in inputs.items() if name not in names}
+    rows = sparse_mla(**plain, policy=policy)
+    values, scales = inverse_rope_and_quantize(
+        rows, inputs["positions"], inputs["cos_sin_cache"], heads // 8
+    )
+    assert torch.equal(inputs["out_scale"].flatten(1), scales.reshape(tokens, -1))
+    # The compiler may add one of two products in one rounding, in either of them.
+    other = (out != values.reshape(tokens, -1).float()).float().mean().item()
+    print(f"{other:.1e} of the values differ")
+    assert other <= 1e-4
+
+
 BAD = {
     "bf16 out": ({"out": lambda t: t.bfloat16()}, TypeError, "out: expected dtype torch.float8"),
     "no out": ({"out": lambda t: None}, ValueError, "out: required with out_scale"),
