@@ -625,9 +625,8 @@ def sparse_mla_mma_kernel(
             scale = gl.convert_layout(scale, SCALE_COPY)
             half = gl.arange(0, 2, layout=SCALE_HALF)[:, None][:, :, None]
             run = gl.arange(0, HALF // RUN, layout=SCALE_RUN)[None, :][None, :, :]
-            h = first_head + gl.arange(0, BLOCK_H, layout=SCALE_ROW)
+            head = first_head + gl.arange(0, BLOCK_H, layout=SCALE_ROW)
             scale_ptrs = out_scale_ptr + token * out_scale_stride_t + (half * (HALF // RUN) + run)
-            scale_ptrs += (h * out_scale_stride_h)[None, :][:, :, None]
-            gl.store(scale_ptrs, scale, mask=(h < num_heads)[None, :][:, :, None])
-        h = first_head + gl.arange(0, BLOCK_H, layout=OUT_ROW)
+            scale_ptrs += (head * out_scale_stride_h)[None, :][:, :, None]
+            gl.store(scale_ptrs, scale, mask=(head < num_heads)[None, :][:, :, None])
         gl.store(out_ptrs, rows, mask=(h < num_heads)[None, :][:, :, None])
