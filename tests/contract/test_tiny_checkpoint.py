@@ -479,6 +479,7 @@ def swa_layers(weights: Weights, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     return seen | {"streams": seen["streams"].float()}
 
 
+@pytest.mark.once
 def test_activations_stay_sane_and_depend_on_the_context(weights: Weights):
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, VOCAB, (48,), generator=generator)
@@ -525,6 +526,7 @@ def successor() -> torch.Tensor:
     return found
 
 
+@pytest.mark.once
 def test_ordinary_tokens_are_one_cycle(successor: torch.Tensor):
     special = deepseek_v4.TOKENS.special_ids(VOCAB)
     assert set((successor < 0).nonzero().flatten().tolist()) == special
@@ -535,6 +537,7 @@ def test_ordinary_tokens_are_one_cycle(successor: torch.Tensor):
     assert token == 5 and seen == set(range(VOCAB)) - special
 
 
+@pytest.mark.once
 def test_successors_change_only_what_they_need():
     plain, drafting = deepseek_v4.tensors(), deepseek_v4.tensors_with_successors()
     facts = [[(one.name, one.dtype, one.shape) for one in each] for each in (plain, drafting)]
@@ -549,6 +552,7 @@ def test_successors_change_only_what_they_need():
     assert differ == set(CHANGED_BY_SUCCESSORS)
 
 
+@pytest.mark.once
 def test_a_successor_row_has_its_predecessor_embedding(
     weights: Weights, changed: Weights, successor: torch.Tensor
 ):
@@ -562,6 +566,7 @@ def test_a_successor_row_has_its_predecessor_embedding(
     assert not changed["head.weight"][successor < 0].any()
 
 
+@pytest.mark.once
 def test_e_proj_has_identities_on_its_diagonal(weights: Weights, changed: Weights):
     plain = weights.linear("mtp.0.e_proj").view(32, 128, 32, 128)
     drafting = changed.linear("mtp.0.e_proj").view(32, 128, 32, 128)
@@ -572,6 +577,7 @@ def test_e_proj_has_identities_on_its_diagonal(weights: Weights, changed: Weight
 
 
 @torch.inference_mode()
+@pytest.mark.once
 def test_the_head_names_the_successor_of_most_tokens(
     weights: Weights, changed: Weights, successor: torch.Tensor
 ):
@@ -589,6 +595,7 @@ def test_the_head_names_the_successor_of_most_tokens(
 
 
 @torch.inference_mode()
+@pytest.mark.once
 def test_the_mtp_layer_names_the_successor_of_its_input(
     weights: Weights, changed: Weights, successor: torch.Tensor
 ):
