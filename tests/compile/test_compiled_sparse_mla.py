@@ -97,7 +97,10 @@ def variants(arch: int, head_block: int, split: bool) -> list[SparseMlaCase]:
     c4a, c128a = replace(swa, extra_block=64), replace(swa, extra_block=2)
     layers = [swa, c4a, replace(c4a, table=True), c128a, replace(c128a, table=True)]
     with_lse = [replace(c4a, lse=True), replace(c4a, lse=True, sink=False)]
-    quantised = [replace(layer, quantise=True) for layer in (swa, layers[2], layers[4])]
+    # Of splits the merge quantises, whatever the tile.
+    quantised = [replace(layer, quantise=True) for layer in (swa, layers[2])]
+    if split:
+        quantised = quantised[:1] if head_block == 1 else []
     return [*layers, *with_lse, replace(c4a, sink=False), *quantised]
 
 

@@ -29,7 +29,7 @@ CASES = [
     *(replace(C4A, table=True, sink=sink, lse=True) for sink in (True, False)),
     *(replace(case, lens=None) for case in (C4A, UNPACKED)),
     # What the layers call on SM12x. Of splits the merge quantises.
-    *(replace(layer, quantise=True) for layer in LAYERS),
+    *(replace(layer, quantise=True) for layer in (SWA, LAYERS[2])),
     *(replace(LAYERS[2], split=split, quantise=True, lse=True) for split in (False, True)),
     *(replace(UNPACKED, extra_block=block, quantise=True) for block in (64, 2)),
     *(
