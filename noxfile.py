@@ -96,14 +96,12 @@ for pin in PINS:
         default=not pin.is_default,
     )
 
-# What the compiler makes for sm_121 is what it makes for sm_120: one of the releases shows it.
 for triton, pin in {pin.triton: pin for pin in (*PINS, DEFAULT)}.items():
     pytest_session(
         f"compile-{triton}",
         f"Compile gate on Triton {triton}, which vLLM {pin.vllm} brings.",
         pin,
         "tests/compile",
-        *("-k", "not 121"),
         default=not pin.is_default,
     )
 

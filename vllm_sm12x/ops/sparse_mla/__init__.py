@@ -90,8 +90,9 @@ def sparse_mla(
         out_scale: fp32 [T, H, 4], rows contiguous, written: what a quantised grouped output
             projection multiplies is left in place of the bf16 rows. Those lose the RoPE of their
             token's position in the last 64 values, and each run of 128 values v has the scale
-            s = 2^ceil(log2(max(|v|) / 448)) and is left as v / s. The bits are those of vLLM's
-            fused_inv_rope_fp8_quant on the bf16 rows.
+            s = 2^ceil(log2(max(|v|) / 448)) and is left as v / s, as by vLLM's
+            fused_inv_rope_fp8_quant of the bf16 rows. The kernel of wgmma has no such result, so
+            that on Hopper too the tiles of SM12x serve.
         positions: int64 [T]; required with `out_scale`.
         cos_sin_cache: fp32 [positions, 64], 32 cosines and 32 sines of the angles of the pairs of
             neighbours among a row's last 64 values; required with `out_scale`.
